@@ -1,0 +1,23 @@
+"""sam_ds: self-assembling expert graphs. Federated learning of the weights and the topology of a language model.
+
+The public verbs are `get_sam_model` and `from_pretrained`; what they return has `save_pretrained`,
+`merge_and_unload`, `print_trainable_parameters`, `active` and `set_graph` beside everything its own class has.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sam_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from sam_ds.experts.model import SamConfig, from_pretrained, get_sam_model
+
+__all__ = ["InputError", "SamConfig", "from_pretrained", "get_sam_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the configuration and the pure parts load without torch and transformers.
+    if name in ("SamConfig", "from_pretrained", "get_sam_model"):
+        from sam_ds.experts import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'sam_ds' has no attribute {name!r}")

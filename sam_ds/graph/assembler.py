@@ -1,0 +1,100 @@
+"""The assembler: one small MLP, shared by all clients, that turns a client's condition into edge logits.
+
+SAM-v2 gives each client its own A_i with an (E, E) output; here a single network is conditioned on the client
+and federated like any shared parameter, and each layer's logits are a product of rank a, (E, a) times (a, E),
+added to a fixed prior: the number of parameters grows with E, never with E^2. The hard top-B has no gradient
+of its own; it comes through the credited edges of the route (`route.gate_values`).
+
+Letters: L layers, E experts, H hidden, a rank of the edge logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sam_ds.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssemblerConfig:
+    """Sizes of the network."""
+
+    layers: int
+    """L, converted layers."""
+    num_experts: int
+    """E, experts a layer."""
+    hidden: int = 32
+    """H, width of the shared hidden layer."""
+    rank: int = 4
+    """a, rank of the learned part of the edge logits."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "num_experts", "hidden", "rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"assembler {name} must be at least 1, got {getattr(self, name)}")
+
+
+def client_condition(mean_scores_LE: Tensor, budget_share: float) -> Tensor:
+    """(L, E + 1): mean gate scores on a client's text, standardised within each layer, and its share of the
+    edges.
+
+    `budget_share` in (0, 1] is the tier's edge budget over the number of possible edges.
+    """
+    if not 0.0 < budget_share <= 1.0:
+        raise InputError(f"budget_share must be in (0, 1], got {budget_share}")
+    scores_LE = mean_scores_LE.float()
+    centred_LE = scores_LE - scores_LE.mean(dim=1, keepdim=True)
+    spread_L1 = scores_LE.std(dim=1, keepdim=True, correction=0)
+    standard_LE = centred_LE / spread_L1.clamp(min=1e-6)  # equal scores say nothing: zeros, not noise
+    return torch.cat([standard_LE, torch.full_like(spread_L1, budget_share)], dim=1)
+
+
+class Assembler(nn.Module):
+    """Condition (L, E + 1) -> edge logits (L, E, E); a fresh one stays close to the prior for every
+    client."""
+
+    prior_LEE: Tensor
+    above_EE: Tensor
+
+    def __init__(self, config: AssemblerConfig, prior_LEE: Tensor, seed: int) -> None:
+        """prior_LEE: (L, E, E) logits to start from; only its strictly upper entries matter, they must be
+        finite."""
+        super().__init__()
+        expected = (config.layers, config.num_experts, config.num_experts)
+        if tuple(prior_LEE.shape) != expected:
+            raise InputError(f"prior must have shape (L, E, E) = {expected}, got {tuple(prior_LEE.shape)}")
+        above_EE = torch.ones(expected[1:], dtype=torch.bool, device=prior_LEE.device).triu(diagonal=1)
+        if not prior_LEE[:, above_EE].isfinite().all():
+            raise InputError("prior must be finite above the diagonal: use large negative logits, not -inf")
+        self.config = config
+        self.register_buffer("prior_LEE", prior_LEE.float(), persistent=False)
+        self.register_buffer("above_EE", above_EE, persistent=False)
+
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, std: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+        width, hidden, out = config.num_experts + 1, config.hidden, config.num_experts * config.rank
+        self.encode = normal(hidden, width, std=1 / math.sqrt(width))
+        self.layer_embedding = normal(config.layers, hidden, std=1.0)
+        self.mix = normal(hidden, hidden, std=1 / math.sqrt(hidden))
+        self.mix_bias = nn.Parameter(torch.zeros(hidden))
+        self.tails = normal(out, hidden, std=1 / math.sqrt(hidden))
+        # small, not zero: the logits start at the prior to about 1e-2, and both factors have a gradient
+        self.heads = normal(out, hidden, std=1e-2 / math.sqrt(hidden))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """(L, E, E) edge logits, [tail, head]; -inf on and below the diagonal."""
+        layers, num_experts, rank = self.config.layers, self.config.num_experts, self.config.rank
+        assert condition.shape == (layers, num_experts + 1), condition.shape
+        hidden_LH = nn.functional.gelu(condition @ self.encode.T + self.layer_embedding)
+        hidden_LH = nn.functional.gelu(hidden_LH @ self.mix.T + self.mix_bias)
+        tails_LEa = (hidden_LH @ self.tails.T).view(layers, num_experts, rank)
+        heads_LEa = (hidden_LH @ self.heads.T).view(layers, num_experts, rank)
+        learned_LEE = tails_LEa @ heads_LEa.transpose(1, 2) / math.sqrt(rank)
+        return (self.prior_LEE + learned_LEE).masked_fill(~self.above_EE, float("-inf"))

@@ -1,0 +1,311 @@
+"""Slow oracles: each reads like the formula it stands for; the fast paths are tested against them."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from sam_ds.graph.dag import random_graph
+from sam_ds.graph.route import gate_values, route
+
+# graph
+
+@dataclass
+class Walk:
+    """One token: the experts in the order visited, the credited parents and the eligible sets of each
+    decision."""
+
+    visited: list[int]
+    parents: list[int]
+    eligible: list[set[int]]
+    left: set[int]
+
+
+def walk(scores_S: np.ndarray, adjacency_SS: np.ndarray, roots: int, k: int) -> Walk:
+    """Greedy best-first expansion: a heap of the experts that the visited ones lead to."""
+    num_held = len(scores_S)
+    heap: list[tuple[float, int]] = []
+    visited: list[int] = []
+    result = Walk(visited=visited, parents=[], eligible=[], left=set())
+
+    def visit(expert: int) -> None:
+        visited.append(expert)
+        for head in range(num_held):
+            if adjacency_SS[expert, head]:
+                heapq.heappush(heap, (-float(scores_S[head]), head))
+
+    def frontier() -> set[int]:
+        return {expert for _, expert in heap} - set(visited)
+
+    for root in range(roots):
+        visit(root)
+    while len(visited) < min(k, num_held) and frontier():
+        result.eligible.append(frontier())
+        _, expert = heapq.heappop(heap)
+        while expert in visited:
+            _, expert = heapq.heappop(heap)
+        tails = [p for p in visited if adjacency_SS[p, expert]]
+        # roots first, by index; then the highest score, by index
+        parent = min(tails, key=lambda p: (0, 0.0, p) if p < roots else (1, -float(scores_S[p]), p))
+        result.parents.append(parent)
+        visit(expert)
+    result.left = frontier()
+    return result
+
+
+def counts(walks: list[Walk], adjacency_SS: np.ndarray, roots: int) -> dict[str, np.ndarray]:
+    """used, offered and together, token by token and edge by edge."""
+    num_held = len(adjacency_SS)
+    total = {name: np.zeros((num_held, num_held), dtype=np.int64) for name in ("used", "offered", "together")}
+    for w in walks:
+        for parent, expert in zip(w.parents, w.visited[roots:], strict=True):
+            total["used"][parent, expert] += 1
+        offered = set()
+        for j, eligible in enumerate(w.eligible):
+            offered |= {(p, e) for p in w.visited[: roots + j] for e in eligible if adjacency_SS[p, e]}
+        for p, e in offered:
+            total["offered"][p, e] += 1
+        for p in w.visited:
+            for e in w.visited:
+                total["together"][p, e] += p < e
+    return total
+
+
+def has_path(mask_EE: np.ndarray, tail: int, head: int, interior: set[int]) -> bool:
+    """Depth-first search for a path tail ~> head whose inner experts all lie in `interior`."""
+    return any(
+        mask_EE[tail, e] and (e == head or (e in interior and has_path(mask_EE, e, head, interior)))
+        for e in range(tail + 1, head + 1)
+    )
+
+
+@st.composite
+def graphs(draw: st.DrawFn, max_experts: int = 9) -> tuple[np.ndarray, int]:
+    """A reachable strictly upper (E, E) mask and its number of roots; edges into roots occur too."""
+    num_experts = draw(st.integers(2, max_experts))
+    roots = draw(st.integers(1, num_experts))
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    fewest = num_experts - roots
+    num_edges = draw(st.integers(fewest, num_experts * (num_experts - 1) // 2))
+    mask_EE = random_graph(num_experts, num_edges, roots, rng)
+    if draw(st.booleans()):
+        mask_EE[:, :roots] = np.triu(rng.random((num_experts, num_experts)) < 0.5, 1)[:, :roots]
+    return mask_EE, roots
+
+
+# experts
+
+def moe_output(layer, x_Td):
+    """y = sum_e s_e(x) + sum_{e in A(x)} w_e (f_e(x) - s_e(x)), one token and one expert at a time."""
+    parts = layer.sam
+    scores_TS = x_Td.detach() @ parts.wg.t()
+    routing = route(scores_TS, parts.adjacency_SS, roots=layer.roots, k=layer.top_k)
+    g_TJ = gate_values(scores_TS, routing, layer.edge_logits_SS)
+    up_dm, gate_dm, down_md = layer.matrices()
+    if layer.lora is not None:
+        scale = layer.lora.scale
+        up_dm = up_dm + scale * layer.lora.up_in @ layer.lora.up_rows.t()
+        down_md = down_md + scale * layer.lora.down_rows @ layer.lora.down_out
+        if gate_dm is not None:
+            gate_dm = gate_dm + scale * layer.lora.gate_in @ layer.lora.gate_rows.t()
+    up, gate, down = layer.ffn_names
+    rows = []
+    for t, x_d in enumerate(x_Td):
+        y_d = parts.mean_all_d + parts.out_all_qd.t() @ (parts.basis_dq.t() @ x_d)
+        weights = {root: torch.tensor(1.0) for root in range(layer.roots)}
+        for j, expert in enumerate(routing.chosen_TJ[t].tolist()):
+            if expert >= 0:
+                weights[expert] = 1 + g_TJ[t, j] - g_TJ[t, j].detach()
+        for expert, weight in weights.items():
+            own = slice(expert * layer.neurons, (expert + 1) * layer.neurons)
+            hidden_n = x_d @ up_dm[:, own]
+            if layer.get_submodule(up).bias is not None:
+                hidden_n = hidden_n + layer.get_submodule(up).bias[own]
+            if gate_dm is None:
+                hidden_n = layer.activation(hidden_n)
+            else:
+                hidden_n = layer.activation(x_d @ gate_dm[:, own]) * hidden_n
+            standin_d = parts.mean_Sd[expert] + parts.out_Sqd[expert].t() @ (parts.basis_dq.t() @ x_d)
+            y_d = y_d + weight * (hidden_n @ down_md[own] - standin_d)
+        if layer.get_submodule(down).bias is not None:
+            y_d = y_d + layer.get_submodule(down).bias
+        rows.append(y_d)
+    return torch.stack(rows)
+
+
+# discovery
+
+def transport_cost(cost_mE):
+    """Least total cost of m points in E clusters of m / E places: one column for each place."""
+    size = cost_mE.shape[0] // cost_mE.shape[1]
+    expanded = np.repeat(cost_mE, size, axis=1)
+    rows, places = linear_sum_assignment(expanded)
+    return expanded[rows, places].sum()
+
+
+def inertia(points_md, labels_m):
+    """sum over points of ||w - mean of its cluster||^2."""
+    total = 0.0
+    for label in set(labels_m.tolist()):
+        own = points_md[labels_m == label]
+        total += sum(float(((point - own.mean(0)) ** 2).sum()) for point in own)
+    return total
+
+
+# evaluation
+
+def full_context_nll(model, ids):
+    """-sum_t log p(x_t | x_1 .. x_{t-1}), one prefix after the other."""
+    total = 0.0
+    for t in range(1, len(ids)):
+        logits = model(input_ids=ids[None, :t]).logits[0, -1].double()
+        total -= float(torch.log_softmax(logits, 0)[ids[t]])
+    return total
+
+
+def strided_nll(model, ids, window, stride):
+    """Token t is seen by the first window that reaches it; windows start `min(stride, window - 1)` apart."""
+    step = min(stride, window - 1)
+    total = 0.0
+    for t in range(1, len(ids)):
+        begin = 0
+        while begin + window <= t:
+            begin += step
+        logits = model(input_ids=ids[None, begin:t]).logits[0, -1].double()
+        total -= float(torch.log_softmax(logits, 0)[ids[t]])
+    return total
+
+
+# wire and federation
+
+def reference_varint(value):
+    """LEB128 of one integer, one byte at a time."""
+    out = []
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def reference_body_sizes(codes, width):
+    """Bytes of the body in each encoding, by walking the values; `width` bytes for each value sent."""
+    nonzero = [k for k, code in enumerate(codes) if code]
+    runs, current, length = [], False, 0
+    for code in codes:
+        if bool(code) != current:
+            runs.append(length)
+            current, length = bool(code), 0
+        length += 1
+    runs.append(length)
+    gaps = [k - before - 1 for before, k in zip([-1, *nonzero], nonzero, strict=False)]
+
+    def section(numbers):
+        body = b"".join(map(reference_varint, numbers))
+        return len(reference_varint(len(body)) + body)
+
+    return {
+        "dense": len(codes) * width,
+        "rle": section(runs) + len(nonzero) * width,
+        "bitmap": -(-len(codes) // 8) + len(nonzero) * width,
+        "delta-varint": section(gaps) + len(nonzero) * width,
+    }
+
+
+def reference_inclusion(scores, budget, roots, floor):
+    """Water-filling by bisection over c; the scores must allow the budget."""
+    low, high = 0.0, 1.0
+
+    def h(c):
+        return np.concatenate([np.ones(roots), np.clip(c * scores[roots:], floor, 1)])
+
+    while h(high).sum() < budget:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if h(middle).sum() < budget else (low, middle)
+    return h(high)
+
+
+class ScriptedGenerator:
+    """Stands in for a generator: gives the permutation and the start it is told."""
+
+    def __init__(self, permutation, start, grain):
+        self._permutation, self._start, self._grain = permutation, start, grain
+
+    def permutation(self, size):
+        assert size == len(self._permutation)
+        return np.array(self._permutation)
+
+    def integers(self, high):
+        assert high == self._grain
+        return self._start
+
+
+def exact_design(sample, h, grain):
+    """{subset: exact probability} of a systematic `sample`, over every permutation and every start.
+
+    Between two ends of intervals, modulo one grain, the subset cannot change: one call for each stretch.
+    """
+    design = {}
+    permutations = list(itertools.permutations(range(len(h))))
+    for permutation in permutations:
+        cuts = {0, grain}
+        for last in range(1, len(h)):
+            end = sum(round(h[e] * grain) for e in permutation[:last]) % grain
+            # The sampler may move a rounding error of a few grains: stretches of that size are split off.
+            cuts |= {c for c in range(end - len(h), end + len(h) + 1) if 0 < c < grain}
+        for start, stop in itertools.pairwise(sorted(cuts)):
+            subset = tuple(sample(h, ScriptedGenerator(permutation, start, grain)).tolist())
+            design[subset] = design.get(subset, 0) + Fraction(stop - start, grain * len(permutations))
+    assert sum(design.values()) == 1
+    return design
+
+
+def inclusion(design):
+    """{expert: probability} of a design."""
+    held = sorted({e for subset in design for e in subset})
+    return {e: sum(p for subset, p in design.items() if e in subset) for e in held}
+
+
+def reference_aggregate(replies, total, rule, clip):
+    """The rules of design section 8, one reply at a time; a reply is (deltas, |D_i|, {unit: p})."""
+    updates = {}
+    for unit in {unit for deltas, _, _ in replies for unit in deltas}:
+        held = [(deltas[unit], size / total, p[unit]) for deltas, size, p in replies if unit in deltas]
+        if rule == "ht":
+            updates[unit] = sum(w / p * delta for delta, w, p in held)
+        elif rule == "clipped":
+            updates[unit] = sum(w * min(1 / p, clip) * delta for delta, w, p in held)
+        elif rule == "hajek":
+            updates[unit] = sum(w / p * delta for delta, w, p in held) / sum(w / p for _, w, p in held)
+        else:
+            updates[unit] = sum(w * delta for delta, w, _ in held) / sum(w for _, w, _ in held)
+    return updates
+
+
+def reference_fedopt(theta, deltas, optimizer, eta, momentum, beta_1, beta_2, tau):
+    """Scalar FedOpt (2003.00295, algorithm 2) and FedAvgM over a sequence of deltas."""
+    m, v, velocity = 0.0, tau**2, 0.0
+    for delta in deltas:
+        if optimizer == "sgd":
+            theta += eta * delta
+        elif optimizer == "momentum":
+            velocity = momentum * velocity + delta
+            theta += eta * velocity
+        else:
+            m = beta_1 * m + (1 - beta_1) * delta
+            if optimizer == "adam":
+                v = beta_2 * v + (1 - beta_2) * delta**2
+            else:
+                v = v - (1 - beta_2) * delta**2 * math.copysign(1, v - delta**2)
+            theta += eta * m / (math.sqrt(v) + tau)
+    return theta

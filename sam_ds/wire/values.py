@@ -1,0 +1,174 @@
+"""What is sent for a value: its own bits, 16 of them, 8 of them with a scale per row, or a varint.
+
+Every array is first turned into flat integer *codes* in which 0 stands for the all-zero bit pattern, so
+that the zero encodings (`zeros.py`) work on floats, quantised floats and counters alike, and -0.0 and NaN
+payloads survive `raw`.
+
+- `raw`: the bits, little endian; a bool needs no bytes at all, its position is its value.
+- `bf16`: the upper half of the float32 (a float64 is rounded to float32 first), round to nearest, ties to
+  even.
+- `int8`: x ~ code * scale, one float32 scale = absmax / 127 per row of the last axis. With a generator the
+  rounding is stochastic, floor(x / scale + u), u ~ U[0, 1): E[decoded] = x (as QSGD, 1610.02132).
+- `varint`: integers only; signed ones zigzag-folded (0, -1, 1, -2 -> 0, 1, 2, 3) as in Protocol Buffers.
+
+Shape legend: N values of the flat array, R rows (N / last axis).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from sam_ds.errors import InputError
+from sam_ds.wire.varint import CodecError, decode_varints, encode_varints, varint_lengths
+
+
+class Values(IntEnum):
+    RAW = 0
+    BF16 = 1
+    INT8 = 2
+    VARINT = 3
+
+
+def allowed(kind: Values, dtype: np.dtype[Any]) -> bool:
+    """Whether an array of `dtype` may be sent as `kind`; bf16 of a float16 would only lose bits."""
+    if kind is Values.RAW:
+        return True
+    if kind is Values.VARINT:
+        return dtype.kind in "iu"
+    return dtype.kind == "f" and not (kind is Values.BF16 and dtype.itemsize == 2)
+
+
+def code_dtype(kind: Values, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of the codes of an array of `dtype` sent as `kind`."""
+    if kind is Values.BF16:
+        return np.dtype("<u2")
+    if kind is Values.INT8:
+        return np.dtype("i1")
+    return np.dtype(f"<u{dtype.itemsize}")
+
+
+def row_count(shape: tuple[int, ...], size: int) -> int:
+    """R: scales of an `int8` array of `shape` and `size` values; 1 for a scalar, 0 for an empty array."""
+    return size // shape[-1] if shape and size else min(size, 1)
+
+
+def to_codes(
+    array: NDArray[Any], kind: Values, rng: np.random.Generator | None
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Codes (N,) and scales (R,), the latter empty unless `kind` is INT8.
+
+    Raises:
+        InputError: INT8 of a value that is not finite or too large for a float32 scale.
+    """
+    no_scales = np.zeros(0, dtype=np.float32)
+    flat = array.reshape(-1)
+    if kind is Values.BF16:
+        with np.errstate(over="ignore"):
+            bits = flat.astype("<f4").view("<u4")
+        halves = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+        # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return np.where(is_nan, (bits >> 16) | 0x0040, halves).astype("<u2"), no_scales
+    if kind is Values.INT8:
+        return _to_int8(flat, row_count(array.shape, array.size), rng)
+    little = flat.astype(array.dtype.newbyteorder("<"), copy=False)
+    return little.view(code_dtype(kind, array.dtype)), no_scales
+
+
+def from_codes(
+    codes_N: NDArray[Any],
+    scales_R: NDArray[np.float32],
+    kind: Values,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+) -> NDArray[Any]:
+    """The inverse of `to_codes` (up to its rounding): an array of `shape` and native `dtype`."""
+    if kind is Values.BF16:
+        bits = codes_N.astype("<u4") << 16
+        return bits.view("<f4").astype(dtype).reshape(shape)
+    if kind is Values.INT8:
+        rows = max(len(scales_R), 1)
+        exact: NDArray[np.float64] = codes_N.reshape(rows, -1) * scales_R[:, None].astype(np.float64)
+        # A scale is rounded up, so the row's maximum may land just above the largest finite number.
+        largest = float(np.finfo(dtype).max)
+        return exact.clip(-largest, largest).astype(dtype).reshape(shape)
+    return codes_N.view(dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+
+
+def values_size(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> int:
+    """Bytes that `pack_values` would give."""
+    if dtype.kind == "b":
+        return 0
+    if kind is Values.VARINT:
+        return int(varint_lengths(_fold(codes, dtype)).sum())
+    return codes.size * codes.itemsize
+
+
+def pack_values(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> bytes:
+    """The values section: the codes that are sent, one after the other."""
+    if dtype.kind == "b":
+        return b""
+    return encode_varints(_fold(codes, dtype)) if kind is Values.VARINT else codes.tobytes()
+
+
+def unpack_values(data: memoryview, count: int, kind: Values, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The `count` codes of a values section that must hold exactly these.
+
+    Raises:
+        CodecError: another number of values than `count`, or one outside the range of `dtype`.
+    """
+    codes_as = code_dtype(kind, dtype)
+    if dtype.kind == "b":
+        if len(data):
+            raise CodecError(f"{len(data)} bytes follow the positions of a bool array")
+        return np.ones(count, dtype=codes_as)
+    if kind is Values.VARINT:
+        folded = decode_varints(data)
+        if len(folded) != count:
+            raise CodecError(f"{len(folded)} values, {count} were announced")
+        if int(folded.max(initial=0)) >= 1 << (8 * dtype.itemsize):
+            raise CodecError(f"a value does not fit {dtype}")
+        return _unfold(folded, dtype).astype(codes_as)
+    if len(data) != count * codes_as.itemsize:
+        raise CodecError(f"{len(data)} bytes of values, {count * codes_as.itemsize} were announced")
+    return np.frombuffer(data, dtype=codes_as).copy()
+
+
+def _to_int8(
+    flat: NDArray[Any], rows: int, rng: np.random.Generator | None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    if flat.size == 0:
+        return np.zeros(0, dtype=np.int8), np.zeros(0, dtype="<f4")
+    exact = flat.reshape(rows, -1).astype(np.float64)
+    absmax_R = np.abs(exact).max(axis=1)
+    if not bool((absmax_R <= float(np.finfo(np.float32).max)).all()):
+        raise InputError("values='int8' needs finite values that fit float32: send the array raw")
+    scales_R = (absmax_R / 127).astype("<f4")
+    # Rounded down, |x| / scale could exceed 127 and be cut, which would bias the largest value of a row.
+    short_R = scales_R.astype(np.float64) * 127 < absmax_R
+    scales_R[short_R] = np.nextafter(scales_R[short_R], np.float32(np.inf))
+    ratio = exact / np.where(scales_R > 0, scales_R, 1).astype(np.float64)[:, None]
+    rounded = np.rint(ratio) if rng is None else np.floor(ratio + rng.random(ratio.shape))
+    return np.clip(rounded, -127, 127).astype(np.int8).reshape(-1), scales_R
+
+
+def _fold(codes: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint64]:
+    if dtype.kind == "u":
+        return codes.astype(np.uint64)
+    signed: NDArray[np.int64] = codes.view(_signed(dtype)).astype(np.int64)
+    return ((signed << 1) ^ (signed >> 63)).view(np.uint64)
+
+
+def _unfold(folded: NDArray[np.uint64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if dtype.kind == "u":
+        return folded
+    magnitude: NDArray[Any] = (folded >> np.uint64(1)).view(np.int64)
+    return magnitude ^ -(folded & np.uint64(1)).view(np.int64)
+
+
+def _signed(dtype: np.dtype[Any]) -> DTypeLike:
+    return f"<i{dtype.itemsize}"

@@ -1,0 +1,160 @@
+"""From a dense causal LM to a graph of experts, with calibration text and no training (design 4).
+
+Per layer: balanced clusters of neurons, permuted into contiguous experts, most used first; then, in order of depth
+and each on the prefix already converted: a router that predicts what is lost if an expert is not visited, the
+initial graph from co-activation, and the stand-ins.
+
+Legend: B sequences, T tokens, E experts, m neurons, n = m / E, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_ds.discovery.features import activation_features, order_by_usage, output_features, weight_features
+from sam_ds.discovery.kmeans import balanced_kmeans, permutation
+from sam_ds.errors import InputError
+from sam_ds.experts.layer import SamFFN, as_ffn
+from sam_ds.experts.standins import fit_standins, ridge
+from sam_ds.experts.surgery import FFN, matrix, permute_neurons
+from sam_ds.graph.dag import initial_graph
+from sam_ds.graph.route import route
+
+DISCOVERY_TOKENS = 4096
+"""Enough to tell how active a neuron is; the fits use all."""
+_CHUNK = 1024
+"""Tokens a pass of a fit."""
+_BATCH = 16
+"""Sequences a forward pass of the model."""
+
+
+class _Reached(Exception):
+    """The layer's input is known; the rest of the model need not run."""
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], limit: int | None = None) -> Tensor:
+    """(T, d) inputs of `module` over the calibration tokens, all of them or the first `limit` and a few."""
+    seen: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(catch)
+    try:
+        for ids_BS in batches:
+            for rows in ids_BS.split(_BATCH):
+                if limit is not None and sum(map(len, seen)) >= limit:
+                    break
+                try:
+                    model(input_ids=rows.to(next(model.parameters()).device), use_cache=False)
+                except _Reached:
+                    pass
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+@torch.no_grad()
+def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, features: str, seed: int) -> None:
+    """Cluster the FFN's neurons into experts and put them in place, most used expert first."""
+    up = ffn.module.get_submodule(ffn.up)
+    inner = up if ffn.gate is None else ffn.module.get_submodule(ffn.gate)
+    down_md = matrix(ffn.module.get_submodule(ffn.down))
+    hidden_Tm = hidden_of(ffn, x_Td)
+    if not torch.isfinite(hidden_Tm).all():
+        raise InputError(f"{ffn.path}: activations on the calibration text are not finite; check the checkpoint")
+    if features == "weights":
+        points = weight_features(matrix(inner).t().float())
+    elif features == "activations":
+        points = activation_features(hidden_Tm, top=max(1, ffn.neurons // 100))
+    else:
+        points = output_features(down_md.t().float(), hidden_Tm.norm(dim=0) / hidden_Tm.shape[0] ** 0.5)
+    labels_m = balanced_kmeans(points, num_experts, seed=seed).labels_m
+    energy_m = hidden_Tm.square().mean(0) * down_md.float().square().sum(1)
+    usage_E = energy_m.new_zeros(num_experts).index_add_(0, labels_m, energy_m)
+    permute_neurons(ffn, permutation(order_by_usage(labels_m, usage_E)))
+
+
+def hidden_of(ffn: FFN, x_Td: Tensor) -> Tensor:
+    """(T, m) what the FFN's neurons put out, fp32."""
+    dtype = matrix(ffn.module.get_submodule(ffn.up)).dtype
+    x_Td = x_Td.to(dtype)
+    up_Tm = ffn.module.get_submodule(ffn.up)(x_Td)
+    if ffn.gate is None:
+        return ffn.activation(up_Tm).float()
+    return (ffn.activation(ffn.module.get_submodule(ffn.gate)(x_Td)) * up_Tm).float()
+
+
+@torch.no_grad()
+def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, rank: int, density: float, seed: int) -> Tensor:
+    """Fit gate, graph and stand-ins of a permuted layer on its inputs; returns the affinity (E, E) of its experts.
+
+    Gate: ridge regression from x to ||f_e(x) - mu_e||, the output lost if e is not visited.
+    """
+    num_experts, hidden = layer.slots, x_Td.shape[1]
+    ffn = as_ffn(layer)
+    down_End = layer.slots_out(layer.matrices()[2]).float()
+    center_m = torch.zeros_like(down_End[..., 0]).flatten()
+    if standin != "none":
+        for x_chunk in x_Td.split(_CHUNK):
+            center_m += hidden_of(ffn, x_chunk).sum(0) / x_Td.shape[0]
+    # ||W' h||^2 = h' (W W') h: in the n neurons of an expert, which are far fewer than d.
+    gram_Enn = down_End @ down_End.transpose(1, 2)
+    gram_dd = x_Td.new_zeros(hidden, hidden, dtype=torch.float64)
+    cross_dE = x_Td.new_zeros(hidden, num_experts, dtype=torch.float64)
+    for x_chunk in x_Td.split(_CHUNK):
+        h_ETn = (hidden_of(ffn, x_chunk) - center_m).unflatten(1, (num_experts, -1)).transpose(0, 1)
+        lost_TE = (h_ETn @ gram_Enn * h_ETn).sum(-1).clamp(min=0).sqrt().t()
+        gram_dd += (x_chunk.t() @ x_chunk).double()
+        cross_dE += (x_chunk.t() @ lost_TE).double()
+    layer.sam.wg.copy_(ridge(gram_dd, cross_dE, 1e-3).t())
+
+    full_EE = torch.ones(num_experts, num_experts, dtype=torch.bool, device=x_Td.device).triu(1)
+    visited_TE = route(F.linear(x_Td, layer.sam.wg), full_EE, roots=layer.roots, k=layer.top_k).visited_TS.float()
+    affinity_EE = coactivation(visited_TE).cpu()
+    graph_EE = initial_graph(affinity_EE.double().numpy(), density=density, roots=layer.roots)
+    layer.sam.adjacency_SS.copy_(torch.from_numpy(graph_EE))
+    if standin == "none":
+        return affinity_EE
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        # One set of stand-ins serves every budget: the fit sees routes of several lengths, and random subsets,
+        # which is what clients that hold only some experts do.
+        generator = torch.Generator().manual_seed(seed)
+        lengths = sorted({max(layer.roots + 1, num_experts // 4), max(layer.roots, num_experts // 2), layer.top_k})
+        for index, x_chunk in enumerate(x_Td.split(_CHUNK)):
+            k = lengths[index % len(lengths)]
+            if (index // len(lengths)) % 2:
+                drawn = torch.randperm(num_experts - layer.roots, generator=generator)[: k - layer.roots]
+                visited_TE = torch.zeros(x_chunk.shape[0], num_experts, dtype=torch.bool, device=x_chunk.device)
+                visited_TE[:, drawn.to(x_chunk.device) + layer.roots] = True
+                visited_TE[:, : layer.roots] = True
+            else:
+                visited_TE = route(F.linear(x_chunk, layer.sam.wg), full_EE, roots=layer.roots, k=k).visited_TS
+            # The masked dense layer: what the unvisited experts would have added, means aside.
+            hidden_Tm = (hidden_of(ffn, x_chunk) - center_m).unflatten(1, (num_experts, -1))
+            missed_Tm = (hidden_Tm * ~visited_TE[:, :, None]).flatten(1)
+            yield x_chunk, missed_Tm @ down_End.flatten(0, 1), ~visited_TE
+
+    mean_Ed = torch.einsum("en,end->ed", center_m.view(num_experts, -1), down_End)
+    mean_Ed[: layer.roots] = 0.0
+    fitted = fit_standins(chunks, mean_Ed=mean_Ed, roots=layer.roots, rank=rank)
+    layer.sam.mean_Sd.copy_(fitted.mean_Ed)
+    layer.sam.mean_all_d.copy_(fitted.mean_Ed.sum(0))
+    if rank:
+        layer.sam.out_Sqd.copy_(fitted.out_Eqd)
+        layer.sam.out_all_qd.copy_(fitted.out_Eqd.sum(0))
+        layer.sam.basis_dq.copy_(fitted.basis_dq)
+    return affinity_EE
+
+
+def coactivation(visited_TE: Tensor) -> Tensor:
+    """(E, E) lift of a pair over chance: P(both) / (P(p) P(e)); 1 where the experts are independent."""
+    rate_E = visited_TE.mean(0).clamp(min=1e-6)
+    return (visited_TE.t() @ visited_TE / visited_TE.shape[0]) / (rate_E[:, None] * rate_E[None, :])

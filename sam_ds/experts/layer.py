@@ -1,0 +1,209 @@
+"""A feed-forward network as a graph of experts (design 3, 5): the `torch` back end.
+
+Expert e is the contiguous block of neurons [e n, (e+1) n) of the permuted FFN; its weights are views, no second copy
+exists. The output for the visited set A(x), with stand-ins s_e(x) = mu_e + U_e V x for the experts not visited:
+
+    y = sum_{all e} s_e(x) + sum_{e in A(x)} w_e (f_e(x) - s_e(x)),      w_e = 1 in value
+
+so all experts visited is exactly the dense layer. The roots are always visited, their stand-in is zero. On a client
+the layer holds only some experts: its *slots*, in ascending order of expert id, roots first; the others are known by
+the sum of their stand-ins.
+
+Legend: T tokens, S slots (= E experts where all are held), J = k - roots choices, P = T J pairs, n neurons an expert,
+m = S n, d hidden, q stand-in rank, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_ds.errors import InputError
+from sam_ds.experts.grouped import grouped_matmul
+from sam_ds.experts.lora import LoraSlices
+from sam_ds.experts.surgery import FFN, matrix
+from sam_ds.graph.route import Counters, count, gate_values, route, straight_through
+
+
+class SamParts(nn.Module):
+    """What SAM adds to one FFN: gate, stand-ins, graph. Everything is small beside the FFN itself."""
+
+    def __init__(self, *, slots: int, standin_rank: int, like_dm: Tensor) -> None:
+        """Stand-ins have the precision of the FFN's weights `like_dm`, everything its device."""
+        super().__init__()
+        hidden, device = like_dm.shape[0], like_dm.device
+        # fp32 whatever the model's precision: a route must not depend on how a score was rounded.
+        self.wg = nn.Parameter(torch.zeros(slots, hidden, device=device))
+        self.register_buffer("mean_Sd", like_dm.new_zeros(slots, hidden))
+        self.register_buffer("out_Sqd", like_dm.new_zeros(slots, standin_rank, hidden))
+        self.register_buffer("mean_all_d", like_dm.new_zeros(hidden))
+        self.register_buffer("out_all_qd", like_dm.new_zeros(standin_rank, hidden))
+        self.register_buffer("basis_dq", like_dm.new_zeros(hidden, standin_rank))
+        self.register_buffer("adjacency_SS", torch.ones(slots, slots, dtype=torch.bool, device=device).triu(1))
+
+
+class SamFFN(nn.Module):
+    """Takes the place of an FFN module and keeps its children under their own names, so that a checkpoint of the
+    model is still a checkpoint of the original architecture plus the `sam.*` and `lora.*` entries."""
+
+    def __init__(self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, standin_rank: int) -> None:
+        super().__init__()
+        if ffn.neurons % num_experts:
+            divisors = [e for e in range(2, 257) if ffn.neurons % e == 0]
+            raise InputError(
+                f"num_experts={num_experts} does not divide the {ffn.neurons} neurons of {ffn.path}; "
+                f"these do: {', '.join(map(str, divisors))}"
+            )
+        for name, child in ffn.module.named_children():
+            self.add_module(name, child)
+        self.ffn_names = (ffn.up, ffn.gate, ffn.down)
+        self.activation = ffn.activation
+        self.dropout_name = ffn.dropout
+        self.num_experts = num_experts
+        self.slots = num_experts
+        self.held = torch.arange(num_experts)
+        """(S,) the ids of the experts in the slots, ascending."""
+        self.roots = roots
+        self.top_k = top_k
+        self.neurons = ffn.neurons // num_experts
+        self.sam = SamParts(slots=num_experts, standin_rank=standin_rank, like_dm=self.matrices()[0].detach())
+        self.lora: LoraSlices | None = None
+        self.counters: Counters | None = None
+        """Set to collect edge counts over the coming forward passes (None: do not count)."""
+        self.counted_tokens = 0
+        self.edge_logits_SS: Tensor | None = None
+        """Set by the model's forward: the assembler's logits for the slots, for the gate's gradient."""
+
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Views up (d, m), gate (d, m) or None, down (m, d)."""
+        up, gate, down = self.ffn_names
+        return (
+            matrix(self.get_submodule(up)),
+            None if gate is None else matrix(self.get_submodule(gate)),
+            matrix(self.get_submodule(down)),
+        )
+
+    def slots_in(self, matrix_dm: Tensor) -> Tensor:
+        """(S, d, n) view of an input-side matrix: the columns of each expert."""
+        return matrix_dm.unflatten(1, (self.slots, self.neurons)).permute(1, 0, 2)
+
+    def slots_out(self, matrix_md: Tensor) -> Tensor:
+        """(S, n, d) view of an output-side matrix: the rows of each expert."""
+        return matrix_md.unflatten(0, (self.slots, self.neurons))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        x_Td = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.top_k >= self.slots:
+            y_Td = self._dense(x_Td, self.slots) + self._absent(x_Td)
+        else:
+            y_Td = self._routed(x_Td)
+        bias = self.get_submodule(self.ffn_names[2]).bias
+        if bias is not None:
+            y_Td = y_Td + bias
+        if self.dropout_name is not None:
+            y_Td = self.get_submodule(self.dropout_name)(y_Td)
+        return y_Td.view(hidden_states.shape)
+
+    def scores(self, x_Td: Tensor) -> Tensor:
+        """(T, S) gate scores, fp32. The input is detached: the gate must not bend what the experts see."""
+        return F.linear(x_Td.detach().float(), self.sam.wg.float())
+
+    def _routed(self, x_Td: Tensor) -> Tensor:
+        scores_TS = self.scores(x_Td)
+        routing = route(scores_TS, self.sam.adjacency_SS, roots=self.roots, k=self.top_k)
+        # A graph task is under way where gradient checkpointing repeats a forward pass: counted already.
+        if self.counters is not None and torch._C._current_graph_task_id() == -1:
+            self.counters = self.counters + count(routing, self.sam.adjacency_SS)
+            self.counted_tokens += x_Td.shape[0]
+        chosen_P = routing.chosen_TJ.flatten()
+        # A token that found no further expert goes to slot 0 with weight 0: no host sync for a rare case.
+        weight_P = (chosen_P >= 0).to(x_Td.dtype)
+        if torch.is_grad_enabled():
+            g_TJ = gate_values(scores_TS, routing, self.edge_logits_SS)
+            weight_P = weight_P * straight_through(g_TJ).flatten().to(x_Td.dtype)
+        order_P = chosen_P.clamp(min=0).argsort(stable=True)
+        slot_P = chosen_P.clamp(min=0)[order_P]
+        ends_S = torch.bincount(slot_P, minlength=self.slots).cumsum(0).to(torch.int32)
+        token_P = order_P // routing.chosen_TJ.shape[1]
+        out_Pd = self._experts(x_Td.index_select(0, token_P), slot_P, ends_S)
+        out_Pd = out_Pd - self._standins(x_Td, token_P, slot_P, ends_S)
+        out_Pd = out_Pd * weight_P.index_select(0, order_P)[:, None]
+        out_TJd = out_Pd.index_select(0, order_P.argsort()).view(*routing.chosen_TJ.shape, x_Td.shape[1])
+        every_Td = self.sam.mean_all_d + (x_Td @ self.sam.basis_dq) @ self.sam.out_all_qd
+        return self._dense(x_Td, self.roots) + out_TJd.sum(1) + every_Td
+
+    def _dense(self, x_Td: Tensor, slots: int) -> Tensor:
+        """(T, d): the first `slots` experts, visited by every token. Bias of the down-projection not included."""
+        m = slots * self.neurons
+        up_dm, gate_dm, down_md = self.matrices()
+        up_b, gate_b = self._biases()
+        up_Tm = x_Td @ up_dm[:, :m] if up_b is None else torch.addmm(up_b[:m], x_Td, up_dm[:, :m])
+        if self.lora is not None:
+            up_Tm = up_Tm + self.lora.scale * (x_Td @ self.lora.up_in) @ self.lora.up_rows[:m].t()
+        if gate_dm is None:
+            hidden_Tm = self.activation(up_Tm)
+        else:
+            gate_Tm = x_Td @ gate_dm[:, :m] if gate_b is None else torch.addmm(gate_b[:m], x_Td, gate_dm[:, :m])
+            if self.lora is not None:
+                gate_Tm = gate_Tm + self.lora.scale * (x_Td @ self.lora.gate_in) @ self.lora.gate_rows[:m].t()
+            hidden_Tm = self.activation(gate_Tm) * up_Tm
+        y_Td = hidden_Tm @ down_md[:m]
+        if self.lora is not None:
+            y_Td = y_Td + self.lora.scale * (hidden_Tm @ self.lora.down_rows[:m]) @ self.lora.down_out
+        return y_Td
+
+    def _experts(self, x_Pd: Tensor, slot_P: Tensor, ends_S: Tensor) -> Tensor:
+        """(P, d): each row through the expert of its slot."""
+        up_dm, gate_dm, down_md = self.matrices()
+        up_b, gate_b = self._biases()
+        lora = self.lora
+
+        def project(matrix_dm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
+            out_Pn = grouped_matmul(x_Pd, self.slots_in(matrix_dm), ends_S)
+            if bias_m is not None:
+                out_Pn = out_Pn + bias_m.view(self.slots, self.neurons).index_select(0, slot_P)
+            if lora is not None:
+                rows_SRn = rows.view(self.slots, self.neurons, -1).transpose(1, 2)
+                out_Pn = out_Pn + lora.scale * grouped_matmul(x_Pd @ inner, rows_SRn, ends_S)
+            return out_Pn
+
+        up_Pn = project(up_dm, up_b, lora and lora.up_in, lora and lora.up_rows)
+        if gate_dm is None:
+            hidden_Pn = self.activation(up_Pn)
+        else:
+            gate_Pn = project(gate_dm, gate_b, lora and lora.gate_in, lora and lora.gate_rows)
+            hidden_Pn = self.activation(gate_Pn) * up_Pn
+        y_Pd = grouped_matmul(hidden_Pn, self.slots_out(down_md), ends_S)
+        if lora is not None:
+            rows_SnR = lora.down_rows.view(self.slots, self.neurons, -1)
+            y_Pd = y_Pd + lora.scale * grouped_matmul(hidden_Pn, rows_SnR, ends_S) @ lora.down_out
+        return y_Pd
+
+    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
+        up, gate, _ = self.ffn_names
+        return self.get_submodule(up).bias, None if gate is None else self.get_submodule(gate).bias
+
+    def _standins(self, x_Td: Tensor, token_P: Tensor, slot_P: Tensor, ends_S: Tensor) -> Tensor:
+        """(P, d): the stand-in of each row's own expert, to be taken back where the expert is visited."""
+        mean_Pd = self.sam.mean_Sd.index_select(0, slot_P)
+        if self.sam.basis_dq.shape[1] == 0:
+            return mean_Pd
+        z_Pq = (x_Td @ self.sam.basis_dq).index_select(0, token_P)
+        return mean_Pd + grouped_matmul(z_Pq, self.sam.out_Sqd, ends_S)
+
+    def _absent(self, x_Td: Tensor) -> Tensor | float:
+        """(T, d): the stand-ins of the experts that this layer does not hold; 0 where it holds all."""
+        if self.slots == self.num_experts:
+            return 0.0
+        mean_d = self.sam.mean_all_d - self.sam.mean_Sd.sum(0)
+        return mean_d + (x_Td @ self.sam.basis_dq) @ (self.sam.out_all_qd - self.sam.out_Sqd.sum(0))
+
+
+def as_ffn(layer: SamFFN) -> FFN:
+    """The layer's own linear maps, seen as the FFN they were."""
+    up, gate, down = layer.ffn_names
+    return FFN(
+        path="", module=layer, up=up, gate=gate, down=down, activation=layer.activation, dropout=layer.dropout_name
+    )  # fmt: skip

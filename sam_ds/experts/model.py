@@ -1,0 +1,327 @@
+"""`get_sam_model` and what it returns: the same model object, its feed-forward layers now graphs of experts.
+
+The returned model stays an instance of its own class (a subclass made on the spot with the same name), so it
+generates, trains under `transformers.Trainer` and saves like the original. A saved folder holds a plain checkpoint
+of the original architecture, computing the same function to rounding, and beside it `sam_config.json` and
+`sam.safetensors` with what SAM adds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sam_ds.errors import InputError, nearest
+from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.surgery import FFN, find_ffns
+from sam_ds.graph.assembler import Assembler, AssemblerConfig
+from sam_ds.graph.dag import check_graph, contract
+
+CONFIG_FILE = "sam_config.json"
+TENSOR_FILE = "sam.safetensors"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamConfig:
+    """How to turn an FFN into a graph of experts."""
+
+    num_experts: int = 16
+    """E, experts a layer; must divide the number of FFN neurons."""
+    top_k: int = 12
+    """k, experts a token visits in each layer, roots included."""
+    roots: int = 2
+    """r, experts every token visits: the entries of the graph."""
+    features: str = "weights"
+    """What neurons are clustered by: `weights` (EMoE), `activations` (CMoE) or `output`."""
+    standin: str = "linear"
+    """What stands in for an expert not visited: `none`, `mean` or `linear`."""
+    standin_rank: int = 16
+    """q, rank of the `linear` stand-ins."""
+    density: float = 0.5
+    """Share of the E (E - 1) / 2 possible edges that the initial graph has."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 2:
+            raise InputError(f"num_experts must be at least 2, got {self.num_experts}")
+        if not 1 <= self.roots <= self.top_k:
+            raise InputError(f"roots must be from 1 to top_k={self.top_k}, got {self.roots}")
+        if self.top_k > self.num_experts:
+            raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}; lower it")
+        if not 0.0 < self.density <= 1.0:
+            raise InputError(f"density must be in (0, 1], got {self.density}")
+        for name, choices in (("features", ("weights", "activations", "output")), ("standin", _STANDINS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.standin_rank < 1:
+            raise InputError(f"standin_rank must be at least 1, got {self.standin_rank}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamConfig:
+        """Raises InputError on an unknown key, naming the nearest."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InputError(f"unknown key {key!r} in {CONFIG_FILE}{nearest(key, known)}")
+        return cls(**values)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the stand-ins' linear part: 0 unless they are linear."""
+        return self.standin_rank if self.standin == "linear" else 0
+
+
+_STANDINS = ("none", "mean", "linear")
+
+
+class SamMixin:
+    """What a converted model can do beside everything its own class does."""
+
+    sam_config: SamConfig
+    sam_layers: list[SamFFN]
+    sam_affinity_LEE: Tensor
+    """Co-activation of the experts on the calibration text: the assembler's prior."""
+    sam_assembler: Assembler | None
+    sam_condition: Tensor | None
+    """(L, E + 1) what the assembler knows of the client."""
+
+    def assemble(self) -> None:
+        """Give the layers the assembler's logits, for the gradient of the coming forward pass."""
+        if self.sam_assembler is not None and self.sam_condition is not None and torch.is_grad_enabled():
+            logits_LEE = self.sam_assembler(self.sam_condition)
+            for index, layer in enumerate(self.sam_layers):
+                held = layer.held
+                layer.edge_logits_SS = logits_LEE[index][held][:, held]
+
+    def graph(self) -> Tensor:
+        """(L, E, E) bool: the edges of every layer. The layers must hold all experts."""
+        return torch.stack([layer.sam.adjacency_SS for layer in self.sam_layers]).cpu()
+
+    @torch.no_grad()
+    def set_graph(self, mask_LEE: Tensor) -> None:
+        """Route over this graph. A layer that holds only some experts gets the paths among those (design 5).
+
+        Raises InputError if the mask is not of this model's layers and experts, or a layer's is not strictly upper
+        triangular or leaves an expert unreachable; before anything is changed.
+        """
+        wanted = (len(self.sam_layers), self.sam_config.num_experts, self.sam_config.num_experts)
+        if tuple(mask_LEE.shape) != wanted:
+            raise InputError(f"the graph must have shape {wanted} (layers, experts, experts), "
+                             f"got {tuple(mask_LEE.shape)}")  # fmt: skip
+        masks_LEE = mask_LEE.cpu().numpy()
+        check_graph(masks_LEE, self.sam_config.roots)
+        for layer, mask_EE in zip(self.sam_layers, masks_LEE, strict=True):
+            held = contract(mask_EE, layer.held.tolist())
+            layer.sam.adjacency_SS.copy_(torch.from_numpy(held))
+
+    @contextmanager
+    def active(self, top_k: int) -> Iterator[None]:
+        """Visit `top_k` experts a token inside the block; num_experts computes exactly the dense model.
+
+        Raises InputError if top_k is below the number of roots or above num_experts.
+        """
+        if not self.sam_config.roots <= top_k <= self.sam_config.num_experts:
+            raise InputError(f"top_k must be from roots={self.sam_config.roots} to "
+                             f"num_experts={self.sam_config.num_experts}, got {top_k}")  # fmt: skip
+        before = [layer.top_k for layer in self.sam_layers]
+        for layer in self.sam_layers:
+            layer.top_k = top_k
+        try:
+            yield
+        finally:
+            for layer, k in zip(self.sam_layers, before, strict=True):
+                layer.top_k = k
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, as PEFT does."""
+        total = sum(p.numel() for p in self.parameters())  # type: ignore[attr-defined]
+        train = sum(p.numel() for p in self.parameters() if p.requires_grad)  # type: ignore[attr-defined]
+        print(f"trainable params: {train:,} || all params: {total:,} || trainable%: {100 * train / total:.4f}")
+
+    @torch.no_grad()
+    def fold_lora(self) -> None:
+        """Add the low-rank updates to the weights they belong to, and drop them."""
+        for layer in self.sam_layers:
+            if layer.lora is None:
+                continue
+            up_dm, gate_dm, down_md = layer.matrices()
+            deltas = layer.lora.deltas()
+            up_dm += deltas["up"]
+            down_md += deltas["down"]
+            if gate_dm is not None:
+                gate_dm += deltas["gate"]
+            layer.lora = None
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """The plain model of the original class: everything learned folded in, everything of SAM's removed."""
+        self.fold_lora()
+        assert isinstance(self, PreTrainedModel)
+        for layer, (path, ffn) in zip(self.sam_layers, self._sam_original.items(), strict=True):
+            for name, _ in ffn.named_children():
+                setattr(ffn, name, layer.get_submodule(name))
+            _replace(self, path, ffn)
+        for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_condition", "_sam_original"):
+            delattr(self, name)
+        del self.sam_assembler
+        self.__class__ = type(self).__mro__[2]
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the folder; low-rank updates must be folded in before (`fold_lora`).
+
+        Raises InputError where an unfolded update would be lost.
+        """
+        if any(layer.lora is not None for layer in self.sam_layers):
+            raise InputError("model has low-rank updates that are not in its weights; call fold_lora() before saving")
+        state = kwargs.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
+        added = [f"{path}.sam." for path in self._sam_original] + ["sam_assembler."]
+        plain = {name: value for name, value in state.items() if not name.startswith(tuple(added))}
+        super().save_pretrained(save_directory, state_dict=plain, **kwargs)  # type: ignore[misc]
+        own = {name: value for name, value in state.items() if name.startswith(tuple(added))}
+        own |= {"affinity_LEE": self.sam_affinity_LEE}
+        folder = Path(save_directory)
+        save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / TENSOR_FILE)
+        record = {"version": _VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
+        (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def get_sam_model(
+    model: PreTrainedModel, config: SamConfig, *, calibration: Tensor | Iterable[Tensor], progress: bool = True
+) -> PreTrainedModel:
+    """Find the experts latent in `model`'s feed-forward layers and put the gate and the graph on them, in place.
+
+    `calibration`: token ids, a (B, S) tensor or an iterable of such; a few thousand tokens of text like the model's.
+    The model computes what it did where all experts are visited (`with model.active(config.num_experts)`).
+
+    Raises InputError: no known FFN, already converted, E does not divide the neurons (naming the divisors), too few
+    calibration tokens; before anything is changed.
+    """
+    if isinstance(model, SamMixin):
+        raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
+    ffns = find_ffns(model)
+    layers = _wrap(ffns, config)
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    tokens = sum(ids.numel() for ids in batches)
+    needed = 4 * config.num_experts * (config.rank + 1)
+    if tokens < needed:
+        raise InputError(f"calibration has {tokens} tokens; fitting {config.num_experts} experts needs {needed}")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for token in (int(ids.min()) for ids in batches):
+        if token < 0:
+            raise InputError(f"calibration has token id {token}; give input ids, not labels with a padding mark")
+    largest = max(int(ids.max()) for ids in batches)
+    if largest >= vocabulary:
+        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+                         "is it the model's own tokenizer?")  # fmt: skip
+    training = model.training
+    model.eval()
+    for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
+        x_Td = layer_inputs(model, ffn.module, batches, DISCOVERY_TOKENS)
+        discover(ffn, x_Td, num_experts=config.num_experts, features=config.features, seed=config.seed + index)
+    _install(model, config, ffns, layers)
+    affinity = []
+    for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
+        x_Td = layer_inputs(model, layer, batches)
+        affinity.append(
+            calibrate_layer(
+                layer, x_Td, standin=config.standin, rank=config.rank, density=config.density,
+                seed=config.seed + index,
+            )
+        )  # fmt: skip
+    model.sam_affinity_LEE = torch.stack(affinity)
+    model.train(training)
+    return model
+
+
+def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a folder that a converted model's `save_pretrained` wrote; `kwargs` go to AutoModelForCausalLM.
+
+    Raises InputError where the folder, or one of the two SAM files in it, is missing or does not fit.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
+        raise InputError(f"{folder} is not a converted model: it has no {CONFIG_FILE} with {TENSOR_FILE}; "
+                         "convert the plain model with get_sam_model first")  # fmt: skip
+    record = json.loads((folder / CONFIG_FILE).read_text())
+    if record["version"] != _VERSION:
+        raise InputError(f"{folder / CONFIG_FILE} has version {record['version']}, this package reads {_VERSION}")
+    config = SamConfig.from_dict(record["sam"])
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    ffns = find_ffns(model)
+    _install(model, config, ffns, _wrap(ffns, config))
+    with safe_open(folder / TENSOR_FILE, "pt") as tensors:
+        own = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    model.sam_affinity_LEE = own.pop("affinity_LEE")
+    if any(name.startswith("sam_assembler.") for name in own):
+        add_assembler(model, seed=config.seed)
+    found = model.load_state_dict(own, strict=False)
+    missing = [name for name in found.missing_keys if ".sam." in name or name.startswith("sam_assembler.")]
+    if found.unexpected_keys or missing:
+        raise InputError(f"{folder / TENSOR_FILE} does not fit {folder / CONFIG_FILE}: beyond it it has "
+                         f"{found.unexpected_keys[:5]}, it lacks {missing[:5]}")  # fmt: skip
+    return model
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Whether the folder holds a converted model."""
+    return (Path(folder) / CONFIG_FILE).is_file()
+
+
+def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
+    return [
+        SamFFN(
+            ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=config.rank
+        )
+        for ffn in ffns
+    ]  # fmt: skip
+
+
+def _install(model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers: list[SamFFN]) -> None:
+    for ffn, layer in zip(ffns, layers, strict=True):
+        layer.train(ffn.module.training)
+        _replace(model, ffn.path, layer)
+    cls = type(model)
+
+    # The same signature: generate() and Trainer read from it which arguments the model takes.
+    @wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.assemble()
+        return cls.forward(self, *args, **kwargs)
+
+    # The same name, so that a saved config.json names the original architecture.
+    model.__class__ = type(cls.__name__, (SamMixin, cls), {"__module__": cls.__module__, "forward": forward})
+    model.sam_config = config
+    # Plain attributes: the modules are registered where they sit, once.
+    object.__setattr__(model, "sam_layers", layers)
+    object.__setattr__(model, "_sam_original", {ffn.path: ffn.module for ffn in ffns})
+    model.sam_assembler = None
+    model.sam_condition = None
+    model.sam_affinity_LEE = torch.ones(len(layers), config.num_experts, config.num_experts)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def add_assembler(model: PreTrainedModel, *, seed: int) -> None:
+    """Give a converted model the assembler, its prior the log of the co-activation lift (0 = independent)."""
+    assert isinstance(model, SamMixin)
+    shape = AssemblerConfig(layers=len(model.sam_layers), num_experts=model.sam_config.num_experts)
+    prior_LEE = model.sam_affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()
+    model.sam_assembler = Assembler(shape, prior_LEE, seed)

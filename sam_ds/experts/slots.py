@@ -1,0 +1,82 @@
+"""A client's model: the converted model with room for only some experts a layer, and what fills the room.
+
+The experts that a client does not hold are neither read from disk nor in memory nor computed; the sum of their
+stand-ins represents them (design 6).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sam_ds.experts.layer import SamFFN, as_ffn
+from sam_ds.experts.model import SamMixin
+from sam_ds.experts.surgery import shrink
+from sam_ds.experts.units import Field
+
+
+def to_slots(model: PreTrainedModel, slots: int, top_k: int) -> None:
+    """Shrink every layer, in place, to `slots` experts, of which a token visits min(top_k, slots). Contents are
+    undefined until `hold_experts` and the weights' loading."""
+    assert isinstance(model, SamMixin)
+    for layer in model.sam_layers:
+        if slots < layer.num_experts:
+            shrink(as_ffn(layer), slots * layer.neurons)
+            parts = layer.sam
+            parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
+            for name in ("mean_Sd", "out_Sqd"):
+                parts.register_buffer(name, getattr(parts, name)[:slots].clone())
+            parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
+            layer.slots = slots
+            layer.held = torch.arange(slots)
+        layer.top_k = min(top_k, slots)
+    # The dense originals keep the full matrices alive.
+    model._sam_original = dict.fromkeys(model._sam_original)
+
+
+class StandInStore:
+    """The gate rows and stand-ins of all experts of a converted model: small, read once, sliced per client."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        assert isinstance(model, SamMixin)
+        self.wg = [layer.sam.wg.detach().clone() for layer in model.sam_layers]
+        self.mean = [layer.sam.mean_Sd.clone() for layer in model.sam_layers]
+        self.out = [layer.sam.out_Sqd.clone() for layer in model.sam_layers]
+
+
+@torch.no_grad()
+def hold_experts(layers: Sequence[SamFFN], store: StandInStore, held: Sequence[Sequence[int]]) -> None:
+    """Declare which experts the slots hold, ascending ids with the roots first, and fill in their stand-ins."""
+    for index, (layer, experts) in enumerate(zip(layers, held, strict=True)):
+        assert len(experts) == layer.slots and list(experts[: layer.roots]) == list(range(layer.roots))
+        layer.held = torch.tensor(list(experts))
+        layer.sam.mean_Sd.copy_(store.mean[index][layer.held])
+        layer.sam.out_Sqd.copy_(store.out[index][layer.held])
+
+
+class Checkpoint:
+    """The weights of a saved model, read by slices: only the rows asked for leave the disk."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._files = json.loads(index.read_text())["weight_map"]
+        else:
+            with safe_open(self.folder / "model.safetensors", "pt") as file:
+                self._files = dict.fromkeys(file.keys(), "model.safetensors")
+
+    def read_experts(self, field: Field, experts: Sequence[int], target: Tensor) -> None:
+        """Copy the field's slices of `experts` into the slots of `target`, in order."""
+        with safe_open(self.folder / self._files[field.parameter], "pt") as file:
+            stored = file.get_slice(field.parameter)
+            for slot, expert in enumerate(experts):
+                rows = slice(expert * field.width, (expert + 1) * field.width)
+                part = stored[rows] if field.dim == 0 else stored[:, rows]
+                target.narrow(field.dim, slot * field.width, field.width).copy_(part)

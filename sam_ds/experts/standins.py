@@ -1,0 +1,94 @@
+"""What stands in for an expert that a token does not visit (design 3; measured in the conversion benchmark).
+
+    s_e(x) = mu_e + U_e V x          mu_e mean output on calibration text, V (q, d) one input basis for the layer
+
+U and the correction of mu are one ridge regression of *what the routes in use leave out* on the features
+1{e not visited} [V x, 1], jointly over e; V holds the input directions of the reduced-rank regression (Izenman,
+1975) of that residual on x. Roots are always visited and have no stand-in. The ridge strength is the one of a few
+that predicts held-out calibration tokens best.
+
+Legend: T tokens, E experts, d hidden, q rank, F = E (q + 1) features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIns:
+    """Stand-ins of one layer: `mean_Ed` (E, d), `out_Eqd` (E, q, d) = U_e', `basis_dq` (d, q) = V'."""
+
+    mean_Ed: Tensor
+    out_Eqd: Tensor
+    basis_dq: Tensor
+
+
+Chunks = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
+"""A fresh pass over the calibration tokens: x (T, d), the summed output of the unvisited experts less their means
+(T, d), unvisited (T, E) bool."""
+
+
+def ridge(gram_FF: Tensor, cross_FO: Tensor, strength: float) -> Tensor:
+    """(F, O) minimiser of ||Y - X W||^2 + strength * mean(diag(X'X)) * ||W||^2, from X'X and X'Y (float64)."""
+    scale = gram_FF.diagonal().mean().clamp(min=1e-12) * strength
+    return torch.linalg.solve(gram_FF + torch.diag(scale.expand(len(gram_FF))), cross_FO)
+
+
+def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int) -> StandIns:
+    """Fit the stand-ins of one layer; `mean_Ed` (E, d) is zero for the roots, rank 0 keeps it as it is.
+
+    Every fifth chunk is held out to choose the ridge.
+    """
+    num_experts, hidden = mean_Ed.shape
+    empty = StandIns(
+        mean_Ed=mean_Ed, out_Eqd=mean_Ed.new_zeros(num_experts, 0, hidden), basis_dq=mean_Ed.new_zeros(hidden, 0)
+    )
+    if rank == 0:
+        return empty
+    basis_dq = _input_basis(chunks, mean_Ed.new_zeros(2, hidden, hidden, dtype=torch.float64), rank)
+    features = num_experts * (rank + 1)
+    # Index 0: tokens to fit on, 1: tokens to choose the ridge on.
+    gram = mean_Ed.new_zeros(2, features, features, dtype=torch.float64)
+    cross = mean_Ed.new_zeros(2, features, hidden, dtype=torch.float64)
+    for index, (x_Td, residual_Td, unvisited_TE) in enumerate(chunks()):
+        missing_TE = unvisited_TE.to(x_Td.dtype)
+        ones_T1 = x_Td.new_ones(x_Td.shape[0], 1)
+        inputs_Tq = torch.cat([x_Td @ basis_dq, ones_T1], dim=1)
+        phi_TF = (missing_TE[:, :, None] * inputs_Tq[:, None, :]).flatten(1)
+        held_out = int(index % 5 == 4)
+        gram[held_out] += (phi_TF.t() @ phi_TF).double()
+        cross[held_out] += (phi_TF.t() @ residual_Td).double()
+    if not gram[1].any():
+        gram[1], cross[1] = gram[0], cross[0]
+
+    def held_out_loss(strength: float) -> float:
+        w_Fd = ridge(gram[0], cross[0], strength)
+        return float((w_Fd * (gram[1] @ w_Fd)).sum() - 2 * (w_Fd * cross[1]).sum())
+
+    best = min(_RIDGES, key=held_out_loss)
+    w_Eqd = ridge(gram.sum(0), cross.sum(0), best).float().view(num_experts, rank + 1, hidden)
+    w_Eqd[:roots] = 0.0
+    return StandIns(mean_Ed=mean_Ed + w_Eqd[:, -1], out_Eqd=w_Eqd[:, :-1].contiguous(), basis_dq=basis_dq)
+
+
+def _input_basis(chunks: Chunks, empty_2dd: Tensor, rank: int) -> Tensor:
+    """(d, q): the input directions of the rank-q regression of the left-out output on x (Izenman, 1975)."""
+    gram_dd, cross_dd = empty_2dd.clone()
+    hidden = len(gram_dd)
+    for x_Td, residual_Td, _ in chunks():
+        gram_dd += (x_Td.t() @ x_Td).double()
+        cross_dd += (x_Td.t() @ residual_Td).double()
+    full_dd = ridge(gram_dd, cross_dd, 1e-2)
+    explained_dd = full_dd.t() @ gram_dd @ full_dd
+    directions = torch.linalg.eigh(explained_dd).eigenvectors[:, -rank:]
+    basis_dq = full_dd @ directions
+    # Unit variance of V x, so that the ridge treats its q inputs and the intercept alike.
+    spread_q = ((basis_dq * (gram_dd @ basis_dq)).sum(0)).clamp(min=1e-12).sqrt()
+    return (basis_dq / spread_q * gram_dd.diagonal().sum().sqrt() / hidden**0.5).float()

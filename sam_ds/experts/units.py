@@ -1,0 +1,163 @@
+"""Which tensors of a converted model train and travel, and where each lives.
+
+A *field* is one parameter of a layer that is owned by experts slice by slice; its unit (layer, expert, tensor) is
+the neuron-first slice (n, ...) of one expert, whatever the parameter's own orientation. A shared parameter is a unit
+as a whole. What trains is one of:
+
+    full      the experts' own weights and gate rows; the assembler; `dense`: all other parameters too
+    lora      the expert-owned low-rank rows and gate rows; the assembler; `dense`: the norms too
+    lora-both both low-rank factors as a whole (FedIT)
+    all       every parameter of the dense model (FedAvg)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sam_ds.errors import InputError
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.lora import LoraSlices
+from sam_ds.experts.model import SamMixin
+from sam_ds.wire.payload import ExpertUnit, SharedUnit
+
+TRAINS = ("full", "lora", "lora-both", "all")
+ASSEMBLER = "assembler."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One parameter that experts own by slices: along dimension `dim`, `width` entries an expert."""
+
+    layer: int
+    tensor: str
+    parameter: str
+    """Name of the parameter in the model."""
+    dim: int
+    width: int
+
+    def read(self, full: Tensor, slot: int) -> Tensor:
+        """The slice of one slot, neuron first."""
+        part = full.narrow(self.dim, slot * self.width, self.width)
+        return part.t() if self.dim == 1 else part
+
+    def write(self, full: Tensor, slot: int, value: Tensor) -> None:
+        """Put a slice where `read` takes it from."""
+        full.narrow(self.dim, slot * self.width, self.width).copy_(value.t() if self.dim == 1 else value)
+
+
+def expert_weights(model: PreTrainedModel) -> list[Field]:
+    """The fields of the experts' own weights and biases, all layers: what a slot of a client's model holds."""
+    fields = []
+    for index, (path, layer) in enumerate(_layers(model)):
+        up, gate, down = layer.ffn_names
+        for tensor, name in (("up", up), ("gate", gate), ("down", down)):
+            if name is None:
+                continue
+            linear = layer.get_submodule(name)
+            transposed = isinstance(linear, Conv1D)
+            dim = int(transposed) if tensor != "down" else int(not transposed)
+            fields.append(Field(layer=index, tensor=tensor, parameter=f"{path}.{name}.weight", dim=dim,
+                                width=layer.neurons))  # fmt: skip
+            if tensor != "down" and linear.bias is not None:
+                fields.append(Field(layer=index, tensor=f"{tensor}_bias", parameter=f"{path}.{name}.bias", dim=0,
+                                    width=layer.neurons))  # fmt: skip
+    return fields
+
+
+def trained_fields(model: PreTrainedModel, trains: str) -> list[Field]:
+    """The fields that train under `full` and `lora`; none under the other two, where everything is shared."""
+    if trains in ("all", "lora-both"):
+        return []
+    gates = [
+        Field(layer=index, tensor="wg", parameter=f"{path}.sam.wg", dim=0, width=1)
+        for index, (path, _) in enumerate(_layers(model))
+    ]
+    if trains == "full":
+        return expert_weights(model) + gates
+    rows = []
+    for index, (path, layer) in enumerate(_layers(model)):
+        assert layer.lora is not None
+        rows += [
+            Field(layer=index, tensor=name, parameter=f"{path}.lora.{name}", dim=0, width=layer.neurons)
+            for name, value in layer.lora.named_parameters()
+            if name.endswith("_rows") and value is not None
+        ]
+    return rows + gates
+
+
+def shared_parameters(model: PreTrainedModel, trains: str, *, dense: bool = False) -> dict[str, str]:
+    """Unit name -> parameter name of what trains and belongs to no expert."""
+    names = [name for name, _ in model.named_parameters()]
+    plain = [name for name in names if ".sam." not in name and ".lora." not in name and "sam_assembler." not in name]
+    if trains == "all":
+        return {name: name for name in plain}
+    if trains == "lora-both":
+        return {name: name for name in names if ".lora." in name}
+    shared = {name.replace("sam_assembler.", ASSEMBLER): name for name in names if name.startswith("sam_assembler.")}
+    if dense:
+        experts = {field.parameter for field in expert_weights(model)}
+        small = {name for name, p in model.named_parameters() if p.dim() == 1}
+        shared |= {name: name for name in plain if name not in experts and (trains == "full" or name in small)}
+    return shared
+
+
+def prepare(
+    model: PreTrainedModel, trains: str, *, rank: int, alpha: float, seed: int, dense: bool = False
+) -> None:
+    """Add the low-rank factors that `trains` needs and let gradients flow to what trains, nowhere else."""
+    assert isinstance(model, SamMixin)
+    if trains not in TRAINS:
+        raise InputError(f"trains must be one of {', '.join(TRAINS)}, got {trains!r}")
+    if trains.startswith("lora"):
+        for index, layer in enumerate(model.sam_layers):
+            up_dm, gate_dm, _ = layer.matrices()
+            layer.lora = LoraSlices(
+                hidden=up_dm.shape[0], neurons=up_dm.shape[1], gated=gate_dm is not None, rank=rank, alpha=alpha,
+                seed=seed * 1_000_003 + index, both=trains == "lora-both",
+            ).to(up_dm.device)  # fmt: skip
+    train = {field.parameter for field in trained_fields(model, trains)}
+    train |= set(shared_parameters(model, trains, dense=dense).values())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in train)
+
+
+@torch.no_grad()
+def read_units(
+    fields: Iterable[Field], shared: Mapping[str, str], parameters: Mapping[str, Tensor], held: Sequence[Sequence[int]]
+) -> dict[ExpertUnit | SharedUnit, Tensor]:
+    """Copies of all units, on the CPU in fp32; `held[l]` are the experts in the slots of layer l."""
+    units: dict[ExpertUnit | SharedUnit, Tensor] = {
+        SharedUnit(name): parameters[parameter].detach().float().cpu().clone() for name, parameter in shared.items()
+    }
+    for field in fields:
+        full = parameters[field.parameter].detach().float().cpu()
+        for slot, expert in enumerate(held[field.layer]):
+            units[ExpertUnit(field.layer, expert, field.tensor)] = field.read(full, slot).clone()
+    return units
+
+
+@torch.no_grad()
+def write_units(
+    units: Mapping[ExpertUnit | SharedUnit, Tensor],
+    fields: Iterable[Field],
+    shared: Mapping[str, str],
+    parameters: Mapping[str, Tensor],
+    held: Sequence[Sequence[int]],
+) -> None:
+    """The inverse of `read_units`: every unit into its place, in place."""
+    for name, parameter in shared.items():
+        parameters[parameter].copy_(units[SharedUnit(name)])
+    for field in fields:
+        for slot, expert in enumerate(held[field.layer]):
+            value = units[ExpertUnit(field.layer, expert, field.tensor)]
+            field.write(parameters[field.parameter], slot, value.to(parameters[field.parameter].dtype))
+
+
+def _layers(model: nn.Module) -> list[tuple[str, SamFFN]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, SamFFN)]

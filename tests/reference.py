@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from sam_ds.experts.surgery import matrix
 from sam_ds.graph.dag import random_graph
 from sam_ds.graph.route import gate_values, route
 
@@ -140,6 +141,43 @@ def moe_output(layer, x_Td):
             y_d = y_d + layer.get_submodule(down).bias
         rows.append(y_d)
     return torch.stack(rows)
+
+
+def neurons(ffn):
+    """The multiset of an FFN's neurons: what each reads, its biases, what it writes."""
+    up, down = ffn.module.get_submodule(ffn.up), ffn.module.get_submodule(ffn.down)
+    columns = [matrix(up).t(), matrix(down)]
+    if ffn.gate is not None:
+        columns.append(matrix(ffn.module.get_submodule(ffn.gate)).t())
+    if up.bias is not None:
+        columns.append(up.bias[:, None])
+    return sorted(map(tuple, torch.cat(columns, dim=1).tolist()))
+
+
+def expert_output(layer, expert, x_Td):
+    """f_e(x) of one expert, by its slot; the bias of the down-projection is nobody's."""
+    up, gate, down = (name and layer.get_submodule(name) for name in layer.ffn_names)
+    own = slice(expert * layer.neurons, (expert + 1) * layer.neurons)
+
+    def project(linear):
+        y_Tn = x_Td @ matrix(linear)[:, own]
+        return y_Tn if linear.bias is None else y_Tn + linear.bias[own]
+
+    hidden_Tn = layer.activation(project(up)) if gate is None else layer.activation(project(gate)) * project(up)
+    return hidden_Tn @ matrix(down)[own]
+
+
+def standin_output(parts, expert, x_Td):
+    """s_e(x) = mu_e + U_e V x, one expert."""
+    return parts.mean_Sd[expert] + (x_Td @ parts.basis_dq) @ parts.out_Sqd[expert]
+
+
+def ridge_oracle(x_TF, y_TO, strength):
+    """argmin ||Y - X W||^2 + strength * mean(diag(X'X)) * ||W||^2 as least squares with rows added below X."""
+    features = x_TF.shape[1]
+    penalty = np.sqrt(strength * np.mean(np.sum(x_TF**2, axis=0)))
+    above = np.concatenate([x_TF, penalty * np.eye(features)])
+    return np.linalg.lstsq(above, np.concatenate([y_TO, np.zeros((features, y_TO.shape[1]))]), rcond=None)[0]
 
 
 # discovery

@@ -71,7 +71,6 @@ class SamFFN(nn.Module):
         self.lora: LoraSlices | None = None
         self.counters: Counters | None = None
         """Set to collect edge counts over the coming forward passes (None: do not count)."""
-        self.counted_tokens = 0
         self.edge_logits_SS: Tensor | None = None
         """Set by the model's forward: the assembler's logits for the slots, for the gate's gradient."""
 
@@ -116,7 +115,6 @@ class SamFFN(nn.Module):
         # A graph task is under way where gradient checkpointing repeats a forward pass: counted already.
         if self.counters is not None and torch._C._current_graph_task_id() == -1:
             self.counters = self.counters + count(routing, self.sam.adjacency_SS)
-            self.counted_tokens += x_Td.shape[0]
         chosen_P = routing.chosen_TJ.flatten()
         # A token that found no further expert goes to slot 0 with weight 0: no host sync for a rare case.
         weight_P = (chosen_P >= 0).to(x_Td.dtype)

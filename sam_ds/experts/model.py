@@ -208,13 +208,16 @@ def get_sam_model(
     `calibration`: token ids, a (B, S) tensor or an iterable of such; a few thousand tokens of text like the model's.
     The model computes what it did where all experts are visited (`with model.active(config.num_experts)`).
 
-    Raises InputError: no known FFN, already converted, E does not divide the neurons (naming the divisors), too few
-    calibration tokens; before anything is changed.
+    Raises InputError: no known FFN, already converted, E does not divide the neurons (naming the divisors), stand-ins
+    of a rank above the hidden size, too few calibration tokens, a token id outside the vocabulary; before anything is
+    changed.
     """
     if isinstance(model, SamMixin):
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
     ffns = find_ffns(model)
     layers = _wrap(ffns, config)
+    if config.rank > ffns[0].hidden:
+        raise InputError(f"standin_rank={config.rank} exceeds the model's hidden size {ffns[0].hidden}; lower it")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     tokens = sum(ids.numel() for ids in batches)
     needed = 4 * config.num_experts * (config.rank + 1)

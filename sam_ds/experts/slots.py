@@ -72,6 +72,14 @@ class Checkpoint:
             with safe_open(self.folder / "model.safetensors", "pt") as file:
                 self._files = dict.fromkeys(file.keys(), "model.safetensors")
 
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self._files
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter as a whole."""
+        with safe_open(self.folder / self._files[parameter], "pt") as file:
+            return file.get_tensor(parameter)
+
     def read_experts(self, field: Field, experts: Sequence[int], target: Tensor) -> None:
         """Copy the field's slices of `experts` into the slots of `target`, in order."""
         with safe_open(self.folder / self._files[field.parameter], "pt") as file:

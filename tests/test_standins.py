@@ -1,0 +1,202 @@
+"""Stand-ins and gate: the fits are the least squares they claim to be, and they pay off on text not seen."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from reference import expert_output, ridge_oracle, standin_output
+
+from sam_ds.experts.calibrate import coactivation, layer_inputs
+from sam_ds.experts.model import SamConfig, get_sam_model
+from sam_ds.experts.standins import fit_standins, ridge
+from sam_ds.graph.route import route
+
+E, ROOTS, D, Q = 4, 1, 8, 2
+
+
+def linear_problem(rank=Q):
+    """Every subset of the three experts that may be missing, each on the same balanced inputs (mean 0, X'X = c I),
+    and a left-out output that is sum_{e missing} (b_e + U_e V x)."""
+    generator = torch.Generator().manual_seed(0)
+    square = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
+    x_Td = torch.cat([square, -square])
+    out_Eqd = torch.randn(E, rank, D, generator=generator)
+    basis_dq = torch.randn(D, rank, generator=generator)
+    shift_Ed = torch.randn(E, D, generator=generator)
+    chunks = []
+    for missing in itertools.product([False, True], repeat=E - ROOTS):
+        unvisited_TE = torch.tensor([False, *missing]).expand(len(x_Td), E)
+        residual_Td = sum(
+            (shift_Ed[e] + x_Td @ basis_dq @ out_Eqd[e] for e in range(E) if unvisited_TE[0, e]),
+            torch.zeros(len(x_Td), D),
+        )
+        chunks.append((x_Td, residual_Td, unvisited_TE))
+    return chunks, shift_Ed, basis_dq, out_Eqd
+
+
+def test_a_left_out_output_that_is_linear_of_the_rank_is_recovered():
+    chunks, shift_Ed, basis_dq, out_Eqd = linear_problem()
+    mean_Ed = torch.randn(E, D)
+    mean_Ed[0] = 0
+    fitted = fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=Q)
+    for e in range(ROOTS, E):
+        torch.testing.assert_close(fitted.mean_Ed[e] - mean_Ed[e], shift_Ed[e], atol=5e-3, rtol=0)
+        torch.testing.assert_close(fitted.basis_dq @ fitted.out_Eqd[e], basis_dq @ out_Eqd[e], atol=5e-3, rtol=0)
+    assert fitted.basis_dq.shape == (D, Q)
+
+
+def test_roots_have_no_standin_and_rank_zero_keeps_the_means():
+    chunks, *_ = linear_problem()
+    # a root is never left out, whatever a caller says of it
+    chunks = [(x, residual, torch.ones_like(missing)) for x, residual, missing in chunks]
+    mean_Ed = torch.randn(E, D)
+    mean_Ed[0] = 0
+    fitted = fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=Q)
+    assert not fitted.mean_Ed[:ROOTS].any() and not fitted.out_Eqd[:ROOTS].any() and fitted.out_Eqd[ROOTS:].all()
+    kept = fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=0)
+    assert torch.equal(kept.mean_Ed, mean_Ed) and kept.out_Eqd.shape == (E, 0, D) and kept.basis_dq.shape == (D, 0)
+
+
+def test_too_small_a_rank_leaves_more():
+    chunks, *_ = linear_problem(rank=4)
+
+    def error(rank):
+        fitted = fit_standins(lambda: iter(chunks), mean_Ed=torch.zeros(E, D), roots=ROOTS, rank=rank)
+        total = 0.0
+        for x_Td, residual_Td, missing_TE in chunks:
+            weight_TE, inputs_Tq = missing_TE.float(), x_Td @ fitted.basis_dq
+            ours_Td = weight_TE @ fitted.mean_Ed
+            ours_Td = ours_Td + torch.einsum("te,tq,eqd->td", weight_TE, inputs_Tq, fitted.out_Eqd)
+            total += float((residual_Td - ours_Td).square().sum())
+        return total
+
+    errors = [error(rank) for rank in (0, 1, 2, 4)]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[3] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-1, 10.0])
+def test_ridge_is_least_squares_with_the_penalty_written_as_rows(strength):
+    rng = np.random.default_rng(0)
+    x_TF, y_TO = rng.normal(size=(30, 6)) * [1, 2, 3, 4, 5, 6], rng.normal(size=(30, 3))
+    x, y = torch.from_numpy(x_TF), torch.from_numpy(y_TO)
+    ours = ridge(x.t() @ x, x.t() @ y, strength)
+    np.testing.assert_allclose(ours.numpy(), ridge_oracle(x_TF, y_TO, strength), atol=1e-10)
+
+
+def text(seed, rows=40):
+    return torch.randint(3, 97, (rows, 32), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def dense(request, tiny_llama, tiny_gpt2):
+    """Weights ten times the usual: neurons that are on and off, as in a trained model."""
+    model = tiny_llama() if request.param == "llama" else tiny_gpt2()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name and parameter.dim() == 2:
+                parameter.mul_(10)
+            if name.endswith((".c_fc.bias", "up_proj.bias")):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def convert(dense, **changes):
+    config = SamConfig(**{"num_experts": 8, "top_k": 4, "roots": 2, "standin_rank": 4} | changes)
+    return get_sam_model(copy.deepcopy(dense), config, calibration=text(0), progress=False)
+
+
+@torch.no_grad()
+def outputs(layer, x_Td):
+    """(T, E, d) f_e(x)."""
+    return torch.stack([expert_output(layer, e, x_Td) for e in range(layer.slots)], dim=1)
+
+
+@torch.no_grad()
+def test_mean_standins_are_the_mean_outputs(dense):
+    model = convert(dense, standin="mean")
+    for layer in model.sam_layers:
+        # The inputs of a layer are those of the prefix already converted.
+        f_TEd = outputs(layer, layer_inputs(model, layer, [text(0)]))
+        torch.testing.assert_close(layer.sam.mean_Sd[2:], f_TEd.mean(0)[2:], atol=1e-5, rtol=1e-4)
+        assert not layer.sam.mean_Sd[:2].any()
+        torch.testing.assert_close(layer.sam.mean_all_d, layer.sam.mean_Sd.sum(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("standin", ["mean", "none"])
+def test_the_gate_is_the_ridge_regression_of_the_lost_mass(dense, standin):
+    model = convert(dense, standin=standin)
+    for layer in model.sam_layers:
+        x_Td = layer_inputs(model, layer, [text(0)])
+        f_TEd = outputs(layer, x_Td)
+        center_Ed = f_TEd.mean(0) if standin == "mean" else torch.zeros(8, 32)
+        lost_TE = (f_TEd - center_Ed).norm(dim=2)
+        expected_dE = ridge_oracle(x_Td.double().numpy(), lost_TE.double().numpy(), 1e-3)
+        np.testing.assert_allclose(layer.sam.wg.t().numpy(), expected_dE, atol=2e-4, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_the_gate_visits_what_would_be_lost_better_than_chance(dense):
+    model = convert(dense)
+    generator = torch.Generator().manual_seed(0)
+    full_EE = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    for layer in model.sam_layers:
+        x_Td = layer_inputs(model, layer, [text(9)])
+        f_TEd = outputs(layer, x_Td)
+        lost_TE = (f_TEd - f_TEd.mean(0)).norm(dim=2)
+
+        def kept(scores_TE, layer=layer, lost_TE=lost_TE):
+            visited_TE = route(scores_TE, full_EE, roots=layer.roots, k=layer.top_k).visited_TS
+            return float((lost_TE * visited_TE)[:, layer.roots :].sum())
+
+        chance = [kept(torch.randn(lost_TE.shape, generator=generator)) for _ in range(10)]
+        assert kept(layer.scores(x_Td)) > max(chance) + 5 * np.std(chance)
+        assert kept(lost_TE) > kept(layer.scores(x_Td))
+
+
+@torch.no_grad()
+def test_standins_pay_on_text_not_seen(dense):
+    """The error of what is not visited, over the routes of the gate: linear < mean < none."""
+    errors = {}
+    for standin in ("none", "mean", "linear"):
+        model = convert(dense, standin=standin)
+        layer = model.sam_layers[0]
+        x_Td = layer_inputs(model, layer, [text(9)])
+        with model.active(8):
+            exact_Td = layer(x_Td)
+        errors[standin] = [float((layer(x_Td) - exact_Td).square().mean())]
+        # the same routes with the stand-ins taken out
+        for buffer in (layer.sam.mean_Sd, layer.sam.mean_all_d, layer.sam.out_Sqd, layer.sam.out_all_qd):
+            buffer.zero_()
+        errors[standin].append(float((layer(x_Td) - exact_Td).square().mean()))
+    assert errors["none"][0] == errors["none"][1]
+    assert errors["mean"][0] < errors["mean"][1] and errors["linear"][0] < errors["linear"][1]
+    assert errors["linear"][0] < errors["mean"][0] < errors["none"][0]
+
+
+@torch.no_grad()
+def test_the_sums_of_the_standins_are_those_of_the_parts(dense):
+    layer = convert(dense).sam_layers[1]
+    x_Td = torch.randn(7, 32)
+    every_Td = sum(standin_output(layer.sam, e, x_Td) for e in range(8))
+    ours_Td = layer.sam.mean_all_d + x_Td @ layer.sam.basis_dq @ layer.sam.out_all_qd
+    torch.testing.assert_close(ours_Td, every_Td, atol=1e-4, rtol=1e-4)
+    assert not standin_output(layer.sam, 0, x_Td).any() and standin_output(layer.sam, 7, x_Td).any()
+
+
+def test_coactivation_is_the_lift_of_a_pair():
+    visited_TE = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1]]).float()
+    expected = torch.tensor([[1, 1, 1], [1, 2, 0], [1, 0, 2]]).float()
+    torch.testing.assert_close(coactivation(visited_TE), expected)
+
+
+def test_the_same_seed_gives_the_same_model(dense):
+    first, second, other = convert(dense, seed=3), convert(dense, seed=3), convert(dense, seed=4)
+    same = [torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)]
+    assert all(same)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(first.state_dict().values(), other.state_dict().values(), strict=True)
+    )

@@ -93,6 +93,7 @@ class TrainSection(Checked):
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone
     lora_rank: Count = 16
     lora_alpha: Positive = 16.0
+    dense: bool = True  # also what belongs to no expert: all of it beside `full` rows, the norms beside `lora` slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,3 +68,51 @@ def tiny_gpt2() -> Callable[..., Any]:
             return GPT2LMHeadModel(GPT2Config(**{**settings, **overrides})).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny corpus, dense model and converted model on disk: `in_process.Tiny`."""
+    from in_process import SETTINGS, Tiny, write_corpus, write_model
+
+    from sam_ds.config import load_config
+    from sam_ds.federation.run import prepare
+
+    root = tmp_path_factory.mktemp("tiny")
+    corpus = write_corpus(root / "corpus")
+    model = write_model(root / "model", corpus)
+    config = load_config(None, [*SETTINGS, f"model={model}", f"data={corpus}", f"out={root / 'run'}"])
+    return Tiny(corpus=corpus, model=model, base=prepare(config))
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process group of one gloo rank, as a worker group."""
+    import torch.distributed as dist
+
+    from sam_ds.clients.worker import WorkerGroup
+
+    os.environ.setdefault("LOCAL_RANK", "0")
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield WorkerGroup([0], dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def new_worker(tiny: Any, one_rank: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`new_worker(*overrides)` -> the `Worker` of the tiny run with these keys; made once for the same keys."""
+    from sam_ds.clients.worker import Worker
+    from sam_ds.federation.setup import clients_of, corpus_of
+
+    made: dict[tuple[str, ...], Any] = {}
+
+    def make(*overrides: str) -> Any:
+        if overrides not in made:
+            config = tiny.config(tmp_path_factory.mktemp("unused"), *overrides)
+            made[overrides] = Worker(config, tiny.base, clients_of(config, corpus_of(config)), one_rank)
+        return made[overrides]
+
+    yield make
+    for worker in made.values():
+        worker.close()

@@ -1,0 +1,73 @@
+"""Reading and writing the parameters of a live DeepSpeed engine, and resetting its optimizer.
+
+One engine serves many virtual clients, so a round begins by replacing weights under it. ZeRO keeps up to two copies
+of a parameter (the compute copy and the fp32 master), and writing only one of them is undone by the next forward or
+the next step: both are written here. Verified for stages 0 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from torch import Tensor, nn
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape, also where ZeRO-3 has sharded it away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@torch.no_grad()
+def write_parameters(engine: Any, values: Mapping[str, Tensor]) -> None:
+    """Replace parameters by name; every rank of the engine's group gives the same full values. No collectives."""
+    stage = engine.zero_optimization_stage()
+    parameters = dict(engine.module.named_parameters())
+    for name, value in values.items():
+        parameter = parameters[name]
+        if stage < 3:
+            parameter.data.copy_(value)
+            if stage > 0 and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value.to(parameter.device).float())
+            continue
+        # A shard is a slice of the flat vector, padded to equal lengths.
+        shard = parameter.ds_tensor.numel()
+        rank = torch.distributed.get_rank(engine.data_parallel_group)
+        flat = value.to(parameter.ds_tensor.device).flatten()
+        own = flat[rank * shard : (rank + 1) * shard]
+        own = torch.nn.functional.pad(own, (0, shard - own.numel()))
+        parameter.ds_tensor.data.copy_(own)
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            # Small parameters stay whole on every rank: nothing gathers them anew before the next forward.
+            parameter.data.copy_(value)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, own.float())
+
+
+@torch.no_grad()
+def read_parameters(engine: Any, names: list[str]) -> dict[str, Tensor]:
+    """Full fp32 values of trained parameters by name, on the CPU. Collective: every rank of the group calls it."""
+    parameters = dict(engine.module.named_parameters())
+    if engine.zero_optimization_stage() == 0:
+        return {name: parameters[name].detach().float().cpu() for name in names}
+    return {name: safe_get_full_fp32_param(parameters[name]).detach().cpu() for name in names}
+
+
+def reset_optimizer(engine: Any) -> None:
+    """Forget the moments and step counts of the previous client; the same trajectory as a fresh optimizer."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for state in inner.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+    optimizer.zero_grad()
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

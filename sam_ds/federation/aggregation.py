@@ -1,0 +1,241 @@
+"""Folding the replies of a round into one update per unit, and taking the server's step with it.
+
+    delta_u = sum over received (i, u) of  (|D_i| / sum_j |D_j|) / p_{i,u} * delta_{i,u}        j over all
+    N clients
+
+is the Horvitz-Thompson (1952) estimate, rule `ht`. Under a design with known p > 0 (`participation.py`)
+its expectation is sum_i w_i E[delta_{i,u}(S) | u in S], w_i = |D_i| / sum_j |D_j|: a client's delta
+depends on everything it held. The other rules trade bias for variance:
+
+| rule      | weight a of a reply     | update                    | unbiased              |
+|-----------|-------------------------|---------------------------|-----------------------|
+| `ht`      | w_i / p                 | sum a delta               | yes                   |
+| `hajek`   | w_i / p                 | sum a delta / sum a       | asymptotically        |
+| `clipped` | w_i min(1 / p, clip)    | sum a delta               | where 1 / p <= clip   |
+| `none`    | |D_i|                   | sum a delta / sum a       | no                    |
+
+The server's step is FedOpt (Reddi et al., 2003.00295, algorithm 2) with its names: theta <- theta + eta m
+/ (sqrt(v) + tau), v starting at tau^2 and no bias correction; `momentum` is FedAvgM (1909.06335).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam_ds.errors import InputError, nearest
+
+RULES = ("ht", "hajek", "clipped", "none")
+SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "yogi")
+
+U = TypeVar("U", bound=Hashable)
+"""A unit: whatever is weighted on its own, e.g. one tensor of one expert."""
+
+Moments: TypeAlias = tuple[NDArray[Any], ...]
+"""What a server optimizer keeps of a unit: nothing, (m,) or (m, v)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AggregationConfig:
+    """How replies are weighted and what the server does with their sum; optimizer fields named as in flwr."""
+
+    rule: str = "ht"
+    """One of `RULES`."""
+    clip: float = 10.0
+    """Largest 1/p of the rule `clipped`."""
+    server_optimizer: str = "sgd"
+    """One of `SERVER_OPTIMIZERS`."""
+    server_lr: float = 1.0
+    """eta; for adam and yogi a step is about this large in every coordinate: 1e-2 or less."""
+    server_momentum: float = 0.9
+    """Of `momentum`."""
+    beta_1: float = 0.9
+    """Of `adam` and `yogi`: decay of the first moment."""
+    beta_2: float = 0.99
+    """Of `adam` and `yogi`: decay of the second moment."""
+    tau: float = 1e-3
+    """Of `adam` and `yogi`: degree of adaptivity."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("rule", self.rule, RULES),
+            ("server_optimizer", self.server_optimizer, SERVER_OPTIMIZERS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} is {value!r}: use one of {', '.join(known)}{nearest(value, known)}")
+        if not self.clip >= 1:
+            raise InputError(f"clip is {self.clip}: a cap on 1/p must be at least 1")
+        for name, number in (("server_lr", self.server_lr), ("tau", self.tau)):
+            if not 0 < number < np.inf:
+                raise InputError(f"{name} is {number}: must be positive")
+        for name, number in (
+            ("server_momentum", self.server_momentum),
+            ("beta_1", self.beta_1),
+            ("beta_2", self.beta_2),
+        ):
+            if not 0 <= number < 1:
+                raise InputError(f"{name} is {number}: must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Aggregated(Generic[U]):
+    """The update of a round. A unit that nobody sent is absent: it stays as it is."""
+
+    deltas: dict[U, NDArray[Any]]
+    """In the dtype of the first reply, float32 at least."""
+    effective_sample_size: float
+    """Kish: (sum a)^2 / sum a^2 replies, the least over the units; 0 without replies."""
+    mean_effective_sample_size: float
+    """The mean over the units."""
+    largest_weight: float
+    """Largest 1/p that was applied (after clipping; 1 for `none`); 0 without replies."""
+    received: dict[U, int]
+    """Replies per unit."""
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Running sums of one unit: a delta, a, a^2."""
+
+    weighted: NDArray[np.float64]
+    dtype: np.dtype[Any]
+    weight: float = 0.0
+    squared: float = 0.0
+    count: int = 0
+
+
+class Aggregator(Generic[U]):
+    """Folds replies one at a time into one float64 sum per unit: memory does not grow with the replies.
+
+    The result depends on the order of `add` only through rounding; fold in plan order for equal bytes.
+
+    Args:
+        config: the rule.
+        total_weight: sum_j |D_j| over all clients of the population, drawn or not.
+
+    Raises:
+        InputError: a `total_weight` that is not positive.
+    """
+
+    def __init__(self, config: AggregationConfig, *, total_weight: float) -> None:
+        if not 0 < total_weight < np.inf:
+            raise InputError(f"total_weight is {total_weight}: must be the examples of all clients, > 0")
+        self._config = config
+        self._total_weight = total_weight
+        self._sums: dict[U, _Sum] = {}
+        self._largest = 0.0
+
+    def add(
+        self, deltas: Mapping[U, NDArray[Any]], *, weight: float, probability: Callable[[U], float]
+    ) -> None:
+        """Folds the reply of one client; all of it or, on an error, nothing.
+
+        Args:
+            deltas: unit -> after local training minus what was sent, finite; zeros for what was held but
+            not used. weight: |D_i|.
+            probability: p of a unit of this client; not called by the rule `none`.
+
+        Raises:
+            InputError: a `weight` that is not positive, or a p outside (0, 1].
+        """
+        if not 0 < weight < np.inf:
+            raise InputError(f"weight is {weight}: must be the client's number of examples, > 0")
+        inverse = {unit: self._inverse_probability(unit, probability) for unit in deltas}
+        for unit, delta in deltas.items():
+            assert np.isfinite(delta).all(), f"delta of {unit} is not finite: reject the reply before folding"
+            known = self._sums.get(unit)
+            assert known is None or known.weighted.shape == delta.shape, f"shape of {unit}"
+        for unit, delta in deltas.items():
+            if unit not in self._sums:
+                self._sums[unit] = _Sum(np.zeros(delta.shape), np.result_type(delta.dtype, np.float32))
+            total = self._sums[unit]
+            factor = weight / self._total_weight * inverse[unit]
+            total.weighted += np.multiply(delta, factor, dtype=np.float64)
+            total.weight += factor
+            total.squared += factor * factor
+            total.count += 1
+            self._largest = max(self._largest, inverse[unit])
+
+    def result(self) -> Aggregated[U]:
+        """The update of everything folded so far."""
+        self_normalised = self._config.rule in ("hajek", "none")
+        sizes = [total.weight**2 / total.squared for total in self._sums.values()]
+        return Aggregated(
+            deltas={
+                unit: np.asarray(
+                    total.weighted / (total.weight if self_normalised else 1.0), dtype=total.dtype
+                )
+                for unit, total in self._sums.items()
+            },
+            effective_sample_size=min(sizes, default=0.0),
+            mean_effective_sample_size=sum(sizes) / max(len(sizes), 1),
+            largest_weight=self._largest,
+            received={unit: total.count for unit, total in self._sums.items()},
+        )
+
+    def _inverse_probability(self, unit: U, probability: Callable[[U], float]) -> float:
+        if self._config.rule == "none":
+            return 1.0
+        p = probability(unit)
+        if not 0 < p <= 1:
+            raise InputError(f"probability of {unit} is {p}: must be in (0, 1], as planned before the draw")
+        return min(1 / p, self._config.clip) if self._config.rule == "clipped" else 1 / p
+
+
+class ServerOptimizer:
+    """theta <- theta + the server's step; a pure function of its arguments."""
+
+    def __init__(self, config: AggregationConfig) -> None:
+        self._config = config
+
+    def step(
+        self,
+        state: Mapping[U, NDArray[Any]],
+        deltas: Mapping[U, NDArray[Any]],
+        moments: Mapping[U, Moments],
+    ) -> tuple[dict[U, NDArray[Any]], dict[U, Moments]]:
+        """The next state and moments.
+
+        Args:
+            state: all units.
+            deltas: the units to move; the others keep their arrays and their moments, untouched.
+            moments: of earlier steps; {} at the start.
+
+        Returns:
+            New dicts; arrays that moved are new, in their old dtype.
+        """
+        assert deltas.keys() <= state.keys(), "a delta of a unit that the server does not have"
+        new_state, new_moments = dict(state), dict(moments)
+        for unit, delta in deltas.items():
+            theta = state[unit]
+            assert theta.shape == delta.shape, f"shape of {unit}"
+            exact = delta.astype(np.float64)
+            step, kept = self._step(exact, moments.get(unit))
+            new_state[unit] = np.asarray(theta + self._config.server_lr * step, dtype=theta.dtype)
+            if kept:
+                new_moments[unit] = tuple(np.asarray(moment, dtype=theta.dtype) for moment in kept)
+        return new_state, new_moments
+
+    def _step(
+        self, delta: NDArray[np.float64], moments: Moments | None
+    ) -> tuple[NDArray[np.float64], Moments]:
+        """The direction that eta multiplies, and the moments to keep."""
+        config = self._config
+        if config.server_optimizer == "sgd":
+            return delta, ()
+        if config.server_optimizer == "momentum":
+            (velocity,) = moments or (np.zeros_like(delta),)
+            velocity = config.server_momentum * velocity + delta
+            return velocity, (velocity,)
+        m, v = moments or (np.zeros_like(delta), np.full_like(delta, config.tau**2))
+        m = config.beta_1 * m + (1 - config.beta_1) * delta
+        square = delta * delta
+        if config.server_optimizer == "adam":
+            v = config.beta_2 * v + (1 - config.beta_2) * square
+        else:
+            v = v - (1 - config.beta_2) * square * np.sign(v - square)
+        return m / (np.sqrt(v) + config.tau), (m, v)

@@ -1,0 +1,95 @@
+"""The Flower apps: the same two objects run under `deepspeed launch/run_federation.py` and under `flwr run`.
+
+A process that runs the ClientApp keeps one `Worker` with its engines; under Flower's own runtime it is made from the
+run config at the first message.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from sam_ds.clients.worker import Worker, WorkerGroup
+from sam_ds.config import RunConfig, from_flat
+from sam_ds.federation.messages import blob_record, result_content, task_of
+from sam_ds.federation.run import run_server
+from sam_ds.federation.setup import clients_of, corpus_of
+from sam_ds.wire.codec import encode
+from sam_ds.wire.payload import encode_units
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+_UPLOAD = 4
+"""Keeps the generator of stochastic rounding apart from those of participation (1, 2) and exploration (3)."""
+_worker: Worker | None = None
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or go on with, the federation that the run config describes."""
+    run_server(grid, from_flat(context.run_config))
+
+
+@client_app.query()
+def query(message: Message, context: Context) -> Message:
+    """Registration: who this is and what its data look like."""
+    worker = worker_for(context)
+    client = int(context.node_config["partition-id"])
+    asked = message.content["task"]
+    examples, scores, rates = worker.register(client, asked["tiers"][client], asked["trains"])
+    content = RecordDict(
+        {
+            "description": blob_record({"shared/scores": encode(scores), "shared/rates": encode(rates)}),
+            "metrics": MetricRecord({"client": client, "num-examples": examples}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """One client's round."""
+    worker = worker_for(context)
+    task = task_of(message.content)
+    result = worker.train(task)
+    wire = worker.config.wire
+    # Stochastic rounding is unbiased, as the aggregation needs it to be.
+    rng = np.random.default_rng([_UPLOAD, worker.config.seed, task.round, task.client])
+    blobs = encode_units(
+        result.deltas, values=wire.values, base_round=task.round, compress=wire.compress,
+        rng=rng if wire.values == "int8" else None,
+    )  # fmt: skip
+    return Message(result_content(result, blobs, task.round), reply_to=message)
+
+
+def set_worker(worker: Worker) -> None:
+    """Use this worker in this process: the launcher makes it before the first message."""
+    global _worker
+    _worker = worker
+
+
+def worker_for(context: Context) -> Worker:
+    """This process's worker, made at the first message where no launcher did."""
+    if _worker is None:
+        set_worker(_lone_worker(from_flat(context.run_config)))
+    assert _worker is not None
+    return _worker
+
+
+def _lone_worker(config: RunConfig) -> Worker:
+    """A worker on a single rank, for a ClientApp that Flower started."""
+    rendezvous = Path(tempfile.mkdtemp()) / "store"
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    corpus = corpus_of(config)
+    return Worker(config, Path(config.out) / "base", clients_of(config, corpus), WorkerGroup([0], dist.group.WORLD))

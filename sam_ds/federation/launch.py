@@ -1,0 +1,160 @@
+"""One rank of `deepspeed launch/run_federation.py`: a worker on every rank, the Flower server app beside rank 0's.
+
+Ranks form worker groups of `runtime.ranks_per_client`; each group trains one virtual client at a time. Exit codes:
+0 done, 2 bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from flwr.app import Context, RecordDict
+from tqdm.auto import tqdm
+
+from sam_ds.clients.worker import Worker, WorkerGroup
+from sam_ds.config import RunConfig, flatten, load_config
+from sam_ds.errors import InputError
+from sam_ds.federation.apps import client_app, server_app, set_worker
+from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, identify, open_stores, serve
+from sam_ds.federation.run import prepare
+from sam_ds.federation.setup import clients_of, corpus_of, open_run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the command line, run this rank, return the exit code."""
+    try:
+        config, resume = _configured(arguments)
+    except InputError as error:
+        print(f"run_federation: {error}", file=sys.stderr)
+        return 2
+    _threads(config)
+    _without_compiler()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        return _run(config, resume=resume)
+    finally:
+        dist.destroy_process_group()
+
+
+def _configured(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
+    parser = argparse.ArgumentParser(prog="run_federation.py", description=__doc__)
+    parser.add_argument("--config", help="TOML file; see sam_ds/config.py for every key")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.resume is None:
+        return load_config(options.config, options.set), False
+    saved = Path(options.resume) / "config.toml"
+    if options.config or not saved.is_file():
+        raise InputError(
+            f"--resume {options.resume}: "
+            + ("it brings its own configuration, leave out --config" if options.config else f"there is no {saved}")
+        )
+    return load_config(saved, [*options.set, f"out={options.resume}"]), True
+
+
+def _run(config: RunConfig, *, resume: bool) -> int:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    size = config.runtime.ranks_per_client
+    # Rank 0 decides for all; the others learn the outcome, so that nobody waits for a rank that has left.
+    outcome: list[str | None] = [None, None]
+    if rank == 0:
+        try:
+            if ranks % size:
+                raise InputError(f"runtime.ranks_per_client={size} does not divide the {ranks} ranks of this launch; "
+                                 f"start a multiple of {size} (deepspeed --num_gpus N) or lower it")  # fmt: skip
+            outcome[0] = config.out if resume else str(open_run(config, default_out=RunConfig().out))
+            prepare(replace(config, out=outcome[0]))
+        except InputError as error:
+            outcome[1] = str(error)
+    _share(outcome)
+    if outcome[1] is not None:
+        if rank == 0:
+            print(f"run_federation: {outcome[1]}", file=sys.stderr)
+        # Rank 0 holds the store: it must not leave before the others have read from it.
+        dist.barrier()
+        return 2
+    config = replace(config, out=str(outcome[0]))
+    groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
+    # Every rank makes every group, in the same order.
+    handles = [dist.new_group(group) for group in groups]
+    mine = rank // size
+    group = WorkerGroup(groups[mine], handles[mine])
+    server_store, store = open_stores()
+    corpus = corpus_of(config)
+    worker = Worker(config, Path(config.out) / "base", clients_of(config, corpus), group)
+    set_worker(worker)
+    failures: list[BaseException] = []
+    thread = None
+    if rank == 0:
+        assert server_store is not None
+        grid = DeepSpeedGrid(Mailbox(server_store), config.federation.clients, len(groups))
+        thread = threading.Thread(target=_serve_app, args=(grid, config, failures), name="server-app")
+        identify(0)
+        thread.start()
+
+    def context(node: int) -> Context:
+        facts: dict[str, bool | float | int | str] = {
+            "partition-id": node - 1, "num-partitions": config.federation.clients,
+        }  # fmt: skip
+        return Context(run_id=1, node_id=node, node_config=facts, state=RecordDict(), run_config=flatten(config))
+
+    identify(0 if rank == 0 else rank)
+    serve(Mailbox(store), client_app, group, context)
+    worker.close()
+    if thread is not None:
+        thread.join()
+    dist.barrier()
+    if failures:
+        print(f"run_federation: {failures[0]}", file=sys.stderr)
+        return 2 if isinstance(failures[0], InputError) else 1
+    return 0
+
+
+def _serve_app(grid: DeepSpeedGrid, config: RunConfig, failures: list[BaseException]) -> None:
+    """The server app's thread: whatever happens, the workers are sent home."""
+    try:
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(config))
+        server_app(grid, context)
+    except BaseException as error:
+        if not isinstance(error, InputError):
+            traceback.print_exc()
+        failures.append(error)
+    finally:
+        grid.stop()
+
+
+def _share(outcome: list[str | None]) -> None:
+    """Rank 0's list on every rank. Preparing may take long, so this waits on the store, not on a collective."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("sam_ds/outcome", "\0".join(value or "" for value in outcome))
+    else:
+        store.wait(["sam_ds/outcome"], timedelta(days=1))
+        outcome[:] = [value or None for value in store.get("sam_ds/outcome").decode().split("\0")]
+
+
+def _threads(config: RunConfig) -> None:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    torch.set_num_threads(config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def _without_compiler() -> None:
+    """DeepSpeed builds its shared-memory op with the C++ compiler; without one, use gloo alone."""
+    if torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "c++")):
+        return
+    tqdm.write("no C++ compiler: DeepSpeed's shared-memory collectives are left out")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,135 @@
+"""What the server and a client say to each other, as Flower records. Tensors are codec blobs; nothing is pickled.
+
+    query    {}                                          -> examples, mean gate scores, visit rates
+    train    units, graph, condition, the task's scalars -> deltas, counters, metrics
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_to_proto
+from numpy.typing import NDArray
+
+from sam_ds.clients.worker import Result, Task
+from sam_ds.wire.codec import CodecError, decode, encode
+from sam_ds.wire.payload import STYPE, ByteCount, RejectedUpdate, decode_units
+
+_MAX_COUNTER_BYTES = 1 << 26
+
+
+def blob_record(blobs: Mapping[str, bytes]) -> ArrayRecord:
+    """Blobs by name as Flower arrays of our serialisation type."""
+    return ArrayRecord(
+        {name: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data) for name, data in blobs.items()}
+    )
+
+
+def blobs_of(record: ArrayRecord) -> dict[str, bytes]:
+    """The blobs of a record. Raises RejectedUpdate for an array of any other serialisation type."""
+    for name, array in record.items():
+        if array.stype != STYPE:
+            raise RejectedUpdate("corrupt", f"{name[:80]!r} is of type {array.stype[:40]!r}, not {STYPE!r}")
+    return {name: array.data for name, array in record.items()}
+
+
+def message_bytes(message: Message) -> int:
+    """Length of the serialised message."""
+    return int(message_to_proto(message).ByteSize())
+
+
+def count_bytes(message: Message, raw: int) -> ByteCount:
+    """`raw` bytes of tensors, the bytes of their blobs, and of the message around them."""
+    encoded = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
+    return ByteCount(raw=raw, encoded=encoded, message=message_bytes(message))
+
+
+def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
+    """The content of a train message; `blobs` are the encoded `task.units`."""
+    extra = {"graph": encode(task.graph_LEE, base_round=task.round)}
+    if task.condition is not None:
+        extra["condition"] = encode(task.condition, base_round=task.round)
+    scalars = ConfigRecord(
+        {
+            "round": task.round, "client": task.client, "tier": task.tier, "trains": task.trains,
+            "held": [expert for layer in task.held for expert in layer],
+            "held-per-layer": [len(layer) for layer in task.held],
+        }
+    )  # fmt: skip
+    return RecordDict({"units": blob_record(blobs), "graph": blob_record(extra), "task": scalars})
+
+
+def task_of(content: RecordDict) -> Task:
+    """The inverse of `task_content`, on the client."""
+    scalars: dict[str, Any] = dict(content["task"])
+    held, start = [], 0
+    for size in scalars["held-per-layer"]:
+        held.append(tuple(scalars["held"][start : start + size]))
+        start += size
+    extra = blobs_of(content["graph"])
+    round_ = scalars["round"]
+    return Task(
+        round=round_, client=scalars["client"], tier=scalars["tier"], trains=scalars["trains"], held=tuple(held),
+        graph_LEE=decode(extra["graph"])[0],
+        condition=decode(extra["condition"])[0] if "condition" in extra else None,
+        units=decode_units(blobs_of(content["units"]), base_round=round_),
+    )  # fmt: skip
+
+
+def result_content(result: Result, blobs: Mapping[str, bytes], round_: int) -> RecordDict:
+    """The content of a train reply; `blobs` are the encoded `result.deltas`."""
+    counters = {
+        f"shared/counters/{layer}": encode(value, base_round=round_) for layer, value in enumerate(result.counters)
+    }
+    metrics = MetricRecord(
+        {
+            "num-examples": result.examples, "tokens": result.tokens, "loss-first": result.loss_first,
+            "loss-last": result.loss_last, "load-seconds": result.load_seconds,
+            "train-seconds": result.train_seconds, "started": result.started,
+        }
+    )  # fmt: skip
+    return RecordDict({"units": blob_record(blobs), "counters": blob_record(counters), "metrics": metrics})
+
+
+_RECORDS = ("units", "counters", "metrics")
+_METRICS = ("num-examples", "tokens", "loss-first", "loss-last", "load-seconds", "train-seconds", "started")
+
+
+def reply_content(reply: Message) -> RecordDict:
+    """The content of a train reply, its records there and its metrics finite numbers. Raises RejectedUpdate."""
+    if reply.has_error():
+        raise RejectedUpdate("client-failed", str(reply.error.reason)[-500:])
+    for name in _RECORDS:
+        if name not in reply.content:
+            raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
+    for name in _METRICS:
+        value = reply.content["metrics"].get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, not a finite number")
+    return reply.content
+
+
+def counters_of(content: RecordDict, held: tuple[tuple[int, ...], ...], round_: int) -> list[NDArray[np.int64]]:
+    """Per layer (3, S, S), checked. Raises RejectedUpdate."""
+    blobs = blobs_of(content["counters"])
+    values = []
+    for layer, experts in enumerate(held):
+        name = f"shared/counters/{layer}"
+        if name not in blobs:
+            raise RejectedUpdate("missing-unit", f"{name} was asked for")
+        try:
+            value, base_round = decode(blobs[name], max_bytes=_MAX_COUNTER_BYTES)
+        except CodecError as error:
+            raise RejectedUpdate("corrupt", f"{name}: {error}") from None
+        if base_round != round_:
+            raise RejectedUpdate("wrong-round", f"{name} is of {base_round}, not {round_}")
+        if value.shape != (3, len(experts), len(experts)) or value.dtype != np.int64:
+            raise RejectedUpdate("wrong-shape", f"{name} is {value.dtype} {value.shape}")
+        if value.min(initial=0) < 0:
+            raise RejectedUpdate("corrupt", f"{name} has a negative count")
+        values.append(value)
+    return values

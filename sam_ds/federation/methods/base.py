@@ -1,0 +1,76 @@
+"""A method of federated training is four small functions; everything else is shared (design 12).
+
+    plan       who takes part, which experts each holds, with which probability, over which graph
+    train      what is trainable on a client and so what it uploads
+    aggregate  how the answers become one update
+    adapt      what happens to the graph after the round
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam_ds.config import RunConfig, TierSection
+from sam_ds.federation.aggregation import AggregationConfig
+from sam_ds.federation.participation import RoundPlan, plan_round
+
+if TYPE_CHECKING:
+    from sam_ds.federation.server import Server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A round as it will be sent: the participation plan and each client's graph and condition."""
+
+    plan: RoundPlan
+    graphs: dict[int, NDArray[np.bool_]]
+    """Client -> (L, E, E) edges it may use."""
+    conditions: dict[int, NDArray[np.float32]]
+    """Client -> (L, E + 1) for the assembler; empty where the method has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The four functions, and whether clients run a sparse model."""
+
+    plan: Callable[[Server, int], Planned]
+    train: Callable[[TierSection], str]
+    aggregate: Callable[[RunConfig], AggregationConfig]
+    adapt: Callable[[Server, int], dict[str, Any]]
+    sparse: bool
+
+
+def plan_dense(server: Server, round_: int) -> Planned:
+    """Every client holds the whole model; clients are drawn uniformly."""
+    config, shape = server.config, server.state.graph.shape
+    everything = {tier: [shape[1]] * shape[0] for tier in config.tiers}
+    plan = plan_round(
+        config.seed, round_, server.members(), everything, layers=shape[0], num_experts=shape[1],
+        roots=config.sam.roots, per_round=config.federation.clients_per_round, scheme=config.federation.sampling,
+        floor=0.0,
+    )  # fmt: skip
+    return Planned(plan=plan, graphs={c.client: server.state.graph for c in plan.clients}, conditions={})
+
+
+def weighted_mean(config: RunConfig) -> AggregationConfig:
+    """The example-weighted mean of the answers, with the run's server optimizer."""
+    return aggregation_config(config, rule="none")
+
+
+def aggregation_config(config: RunConfig, rule: str) -> AggregationConfig:
+    """The run's server step with this rule."""
+    section = config.federation
+    return AggregationConfig(
+        rule=rule, clip=section.clip, server_optimizer=section.server_optimizer, server_lr=section.server_lr,
+        server_momentum=section.server_momentum, beta_1=section.beta_1, beta_2=section.beta_2, tau=section.tau,
+    )  # fmt: skip
+
+
+def adapt_nothing(server: Server, round_: int) -> dict[str, Any]:
+    """The graph stays as it is."""
+    return {}

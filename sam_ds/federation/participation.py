@@ -1,0 +1,243 @@
+"""Who takes part in a round, which experts each holds, and with which probability: the only home of p.
+
+    p_{i,l,e} = pi_i h_{i,l,e}      pi_i: client i is drawn;  h_{i,l,e}: it then holds expert e of layer l
+
+Dividing by p (`aggregation.py`) removes the bias of partial participation exactly, but only for a p that
+was fixed before the draw and that the draw realises (Horvitz and Thompson, 1952). So both are drawn here,
+by designs with given first-order inclusion probabilities, and p is never an activation probability nor a
+token frequency.
+
+Experts: systematic sampling (Madow, 1949) over a random permutation. Put intervals of lengths h_e one
+after the other on [0, budget), throw a comb of teeth at u, u + 1, u + 2, ... with u ~ U[0, 1), and hold
+the experts that are hit. As h_e <= 1, expert e is hit at most once, with probability h_e; the number of
+hits is always the budget. The permutation lets experts meet that a fixed order would keep apart. With
+equal h and two free places or more every pair meets; with unequal h some pair may not, e.g. the first two
+of h = (.1, .1, .6, .6, .6): p of a pair is not used anywhere.
+
+Everything is a function of integers: round r can be planned again alone.
+
+Shape legend: N clients, L layers, E experts a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sam_ds.errors import InputError, nearest
+
+SCHEMES = ("without_replacement", "poisson")
+
+# numpy pads seeds with zeros, [s, r] and [s, r, 0] are one generator: a tag in front keeps the uses apart.
+_CLIENTS, _EXPERTS = 1, 2
+# Lengths are whole grains, for cumulated floats could put two teeth, or none, into an expert with h = 1.
+_GRAIN = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A client of the population: its id, its tier, and |D_i|, its number of training examples."""
+
+    client: int
+    tier: str
+    examples: int
+
+    def __post_init__(self) -> None:
+        if self.client < 0 or self.examples < 1:
+            raise InputError(
+                f"client {self.client} with {self.examples} examples: ids start at 0 and a client without "
+                "examples cannot take part"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ClientPlan:
+    """What one client does this round.
+
+    `experts`: the expert ids it holds, ascending, for each layer; `h`: (L, E) float64, read-only, the
+    probability with which it holds each of them given that it takes part; `pi`: the probability with which
+    it takes part.
+    """
+
+    client: int
+    tier: str
+    experts: tuple[tuple[int, ...], ...]
+    h: NDArray[np.float64]
+    pi: float
+
+    def probability(self, layer: int, expert: int) -> float:
+        """p of an expert of this client, whether it drew it or not; that of a shared parameter is `pi`."""
+        return self.pi * float(self.h[layer, expert])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RoundPlan:
+    """The clients of a round, ordered by id: the order in which their replies are folded."""
+
+    seed: int
+    round: int
+    clients: tuple[ClientPlan, ...]
+
+
+def plan_round(
+    seed: int,
+    round: int,
+    population: Sequence[Member],
+    budgets: Mapping[str, Sequence[int]],
+    *,
+    layers: int,
+    num_experts: int,
+    roots: int,
+    per_round: int,
+    scheme: str = "without_replacement",
+    floor: float = 0.05,
+    scores_NLE: NDArray[np.float64] | None = None,
+) -> RoundPlan:
+    """The plan of a round; the same arguments give the same plan, whatever was planned before.
+
+    Args:
+        seed, round: integers >= 0.
+        population: all N clients, any order, distinct ids.
+        budgets: tier -> experts a client holds in each layer, roots included.
+        layers, num_experts: L and E.
+        roots: experts 0..roots - 1 are held by every client.
+        per_round: K, clients drawn a round (for "poisson": on average; a round may then draw none).
+        scheme: one of `SCHEMES`.
+        floor: the least h of an expert.
+        scores_NLE: scores >= 0 of the experts, row i for population[i]; None makes h uniform.
+
+    Raises:
+        InputError: a value out of range, a tier without a budget, or shapes that do not match.
+    """
+    if len({member.client for member in population}) != len(population):
+        raise InputError("population holds a client id twice: ids must be distinct")
+    for tier in sorted({member.tier for member in population}):
+        if tier not in budgets:
+            raise InputError(f"tier {tier!r} has no budget{nearest(tier, budgets)}")
+        if len(budgets[tier]) != layers:
+            raise InputError(f"budgets[{tier!r}] has {len(budgets[tier])} layers: the model has {layers}")
+    shape = (len(population), layers, num_experts)
+    if scores_NLE is None:
+        scores_NLE = np.zeros(shape)
+    elif scores_NLE.shape != shape:
+        raise InputError(f"scores_NLE is {scores_NLE.shape}: (clients, layers, experts) is {shape}")
+
+    order = sorted(range(len(population)), key=lambda row: population[row].client)
+    drawn, pi_N = sample_clients(seed, round, clients=len(population), per_round=per_round, scheme=scheme)
+    plans = []
+    for position in drawn:
+        row = order[position]
+        member = population[row]
+        budget_L = budgets[member.tier]
+        h_LE = np.empty((layers, num_experts))
+        experts = []
+        for layer in range(layers):
+            h_LE[layer] = inclusion_probabilities(
+                scores_NLE[row, layer], budget=budget_L[layer], roots=roots, floor=floor
+            )
+            rng = np.random.default_rng([_EXPERTS, seed, round, member.client, layer])
+            experts.append(tuple(systematic_sample(h_LE[layer], rng).tolist()))
+        h_LE.setflags(write=False)
+        plans.append(
+            ClientPlan(
+                client=member.client,
+                tier=member.tier,
+                experts=tuple(experts),
+                h=h_LE,
+                pi=float(pi_N[position]),
+            )
+        )
+    return RoundPlan(seed=seed, round=round, clients=tuple(plans))
+
+
+def sample_clients(
+    seed: int, round: int, *, clients: int, per_round: int, scheme: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Positions 0..N-1 of the clients drawn, ascending, and pi (N,) of all of them, K/N each.
+
+    "without_replacement" draws exactly K = `per_round`; "poisson" draws each client on its own, K on average.
+
+    Raises:
+        InputError: `per_round` not in 1..`clients`, a negative seed or round, or an unknown scheme.
+    """
+    if not 1 <= per_round <= clients:
+        raise InputError(f"per_round is {per_round}: must be in 1..{clients}, the number of clients")
+    if seed < 0 or round < 0:
+        raise InputError(f"seed {seed}, round {round}: must not be negative")
+    if scheme not in SCHEMES:
+        raise InputError(f"scheme is {scheme!r}: use one of {', '.join(SCHEMES)}{nearest(scheme, SCHEMES)}")
+    rng = np.random.default_rng([_CLIENTS, seed, round])
+    pi_N = np.full(clients, per_round / clients)
+    if scheme == "poisson":
+        return np.flatnonzero(rng.random(clients) < pi_N), pi_N
+    return np.sort(rng.choice(clients, size=per_round, replace=False)), pi_N
+
+
+def inclusion_probabilities(
+    scores_E: NDArray[np.float64], *, budget: int, roots: int, floor: float
+) -> NDArray[np.float64]:
+    """h (E,) with sum `budget`: 1 for the roots, clip(c score, floor, 1) for the others.
+
+    c is found by water-filling. Where no c reaches the budget (too few positive scores) the experts with
+    score 0 share the rest equally; so scores that are all zero, like scores that are all equal, give the
+    uniform h.
+
+    Raises:
+        InputError: a score that is negative or not finite, or no h within these bounds has sum `budget`.
+    """
+    num_experts = len(scores_E)
+    if not (0 <= roots <= budget <= num_experts):
+        raise InputError(f"budget is {budget}: must be in {roots}..{num_experts} (roots..experts)")
+    if not (0 <= floor <= 1 and floor * (num_experts - roots) <= budget - roots + 1e-12):
+        raise InputError(
+            f"floor is {floor}: must be in 0..1, and {num_experts - roots} experts share {budget - roots} "
+            "places beside the roots; lower the floor or raise the budget"
+        )
+    if not bool((np.isfinite(scores_E) & (scores_E >= 0)).all()):
+        raise InputError(f"scores are {scores_E}: must be finite and not negative")
+
+    h_E = np.ones(num_experts)
+    if budget == num_experts:
+        return h_E
+    # Scaled to a maximum of 1, so that sums of large scores stay finite.
+    scaled_E = np.zeros(num_experts)
+    scaled_E[roots:] = scores_E[roots:] / max(float(scores_E[roots:].max()), np.finfo(np.float64).tiny)
+    free, left = np.arange(roots, num_experts), float(budget - roots)
+    while free.size:
+        total = scaled_E[free].sum()
+        share = scaled_E[free] / total * left if total > 0 else np.full(free.size, left / free.size)
+        above, below = np.maximum(share - 1, 0).sum(), np.maximum(floor - share, 0).sum()
+        if above == below == 0:
+            h_E[free] = share
+            break
+        # The sum is off by above - below when both sides are clipped: the larger side is clipped at the
+        # solution too.
+        bound, clipped = (1.0, share > 1) if above >= below else (floor, share < floor)
+        h_E[free[clipped]] = bound
+        left -= bound * np.count_nonzero(clipped)
+        free = free[~clipped]
+    # The last rounding error goes where it is relatively the smallest.
+    largest = int(np.argmax(np.where(h_E < 1, h_E, 0)))
+    h_E[largest] -= math.fsum([*h_E, -budget])
+    return np.clip(h_E, floor, 1.0)
+
+
+def systematic_sample(h_E: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Expert ids, ascending, exactly sum(h) of them, each with probability h (to 2^-50).
+
+    Raises:
+        InputError: an h outside [0, 1], or a sum that is not an integer.
+    """
+    budget = round(float(h_E.sum()))
+    if bool(((h_E < 0) | (h_E > 1)).any()) or abs(float(h_E.sum()) - budget) > 1e-9:
+        raise InputError(f"h is {h_E}: must be in [0, 1] with an integer sum")
+    grains_E = np.rint(h_E * _GRAIN).astype(np.int64)
+    grains_E[np.argmin(np.abs(grains_E - _GRAIN // 2))] += budget * _GRAIN - int(grains_E.sum())
+    order_E = rng.permutation(len(h_E))
+    ends_E = np.cumsum(grains_E[order_E])
+    teeth = int(rng.integers(_GRAIN)) + _GRAIN * np.arange(budget, dtype=np.int64)
+    return np.sort(order_E[np.searchsorted(ends_E, teeth, side="right")])

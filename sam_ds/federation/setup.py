@@ -1,0 +1,137 @@
+"""What happens before the first round: check everything cheap, then convert the base model into the run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sam_ds.clients.tiers import ModelShape, check_tiers, dealt_tiers
+from sam_ds.config import RunConfig, to_toml
+from sam_ds.data.base_model import embedded_base_model
+from sam_ds.data.batches import pack
+from sam_ds.data.corpus import Corpus, load_corpus
+from sam_ds.data.partition import ClientData, partition_clients
+from sam_ds.errors import InputError
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.model import SamConfig, get_sam_model, is_converted
+from sam_ds.experts.surgery import find_ffns
+from sam_ds.federation.server import public_rows
+
+
+def sam_config(config: RunConfig) -> SamConfig:
+    """The conversion part of a run's configuration."""
+    section = config.sam
+    return SamConfig(
+        num_experts=section.num_experts, top_k=section.top_k, roots=section.roots, features=section.features,
+        standin=section.standin, standin_rank=section.standin_rank, density=section.density, seed=config.seed,
+    )  # fmt: skip
+
+
+def corpus_of(config: RunConfig) -> Corpus:
+    """The run's text. Raises InputError as `load_corpus` does."""
+    section = config.federation
+    return load_corpus(config.data, public_every=section.public_every, forgetting=section.forgetting)
+
+
+def clients_of(config: RunConfig, corpus: Corpus) -> list[ClientData]:
+    """Which documents each client has."""
+    section = config.federation
+    return partition_clients(
+        corpus, clients=section.clients, scheme=section.partition, alpha=section.alpha, seed=config.seed
+    )  # fmt: skip
+
+
+def check_model(config: RunConfig) -> None:
+    """Everything about the model that its configuration alone can say, before weights are read.
+
+    Raises InputError: no such model, no known FFN, E does not divide its neurons, a tier's memory is too small.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {config.model!r} is neither a folder with a causal language model nor a hub id that can be "
+            f"reached: {str(error).splitlines()[0]}"
+        ) from error
+    _check_shape(model, config)
+
+
+def _check_shape(model: PreTrainedModel, config: RunConfig) -> None:
+    own = sam_config(config)
+    for ffn in find_ffns(model):
+        SamFFN(ffn, num_experts=own.num_experts, top_k=own.top_k, roots=own.roots, standin_rank=own.rank)
+    check_tiers(ModelShape.of(model), config)
+    dealt_tiers(config)
+
+
+def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
+    """Convert the base model into `run/base`, unless that is done already; returns the folder."""
+    base = run / "base"
+    if is_converted(base):
+        return base
+    if config.model == "embedded":
+        source = str(embedded_base_model(corpus, seed=config.seed))
+        _check_shape(_load(source), config)
+    else:
+        source = config.model
+    model = _load(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    _check_lengths(config, model, clients_of(config, corpus), tokenizer)
+    rows = -(-config.sam.calibration_tokens // config.evaluation.window)
+    calibration = torch.from_numpy(public_rows(config, corpus, tokenizer, rows))
+    get_sam_model(model, sam_config(config), calibration=calibration)
+    unfinished = run / f".base.{os.getpid()}"
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(base, ignore_errors=True)
+    os.replace(unfinished, base)
+    return base
+
+
+def _check_lengths(config: RunConfig, model: PreTrainedModel, clients: list[ClientData], tokenizer: Any) -> None:
+    """Every client has a row to train on, and the model can read what it is given."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    for name, length in (("train.sequence", config.train.sequence), ("evaluation.window", config.evaluation.window)):
+        if context is not None and length > context:
+            raise InputError(f"{name} = {length} is longer than the model's context of {context} tokens; lower it")
+    for client in clients:
+        try:
+            pack(client.texts, tokenizer, config.train.sequence, limit_tokens=config.train.sequence)
+        except InputError as error:
+            raise InputError(f"train.sequence: client {client.client} of {len(clients)}: {error}") from error
+
+
+def _load(source: str) -> PreTrainedModel:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def open_run(config: RunConfig, *, default_out: str) -> Path:
+    """A fresh run folder holding the resolved configuration.
+
+    The default folder gets a number when it is taken, so that the same command can be given twice. Raises
+    InputError for any other folder that holds a run: nothing on disk is overwritten.
+    """
+    run = Path(config.out)
+    if config.out == default_out:
+        number = 2
+        while (run / "config.toml").exists():
+            run = Path(f"{default_out}-{number}")
+            number += 1
+    elif (run / "config.toml").exists():
+        raise InputError(f"out={config.out} already holds a run; go on with --resume {config.out} or choose another")
+    run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def write_config(config: RunConfig, run: Path) -> None:
+    """Put the resolved configuration into the run folder."""
+    (run / "config.toml").write_text(to_toml(config))

@@ -1,0 +1,128 @@
+"""Everything the server knows between two rounds, and its checkpoint on disk.
+
+A checkpoint is one safetensors file, written beside its place, synced and renamed into it, with a checksum of its
+contents: it is there whole or not at all, and a damaged one is told from a good one before anything is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from sam_ds.errors import InputError
+from sam_ds.wire.payload import Unit, parse_unit, unit_name
+
+_VERSION = "1"
+_ARRAYS = ("graph", "scores", "rates", "examples", "used", "offered", "together", "used_total", "ever_held")
+
+
+@dataclass(kw_only=True)
+class ServerState:
+    """Legend: N clients, L layers, E experts a layer."""
+
+    round: int
+    """The last round that is finished; 0 before the first."""
+    units: dict[Unit, NDArray[np.float32]]
+    moments: dict[Unit, tuple[NDArray[Any], ...]] = field(default_factory=dict)
+    graph: NDArray[np.bool_]
+    """(L, E, E) M, the edges there are."""
+    scores: NDArray[np.float32]
+    """(N, L, E) mean gate scores on each client's text, from registration."""
+    rates: NDArray[np.float32]
+    """(N, L, E) how often a route over the full graph visits each expert on that text."""
+    examples: NDArray[np.int64]
+    """(N,) |D_i|."""
+    used: NDArray[np.int64]
+    """(L, E, E) counters since the last edit: credited edges."""
+    offered: NDArray[np.int64]
+    together: NDArray[np.int64]
+    used_total: NDArray[np.int64]
+    """(L, E, E) credited edges since the start."""
+    ever_held: NDArray[np.bool_]
+    """(N, L, E) which clients have downloaded which base experts."""
+    losses: list[float] = field(default_factory=list)
+    """Validation loss after each round, round 0 first; nats a token."""
+    gamma: float = 0.0
+    """Largest change of the loss that one edit has made so far."""
+
+
+def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
+    """Write `folder/round-NNNNN.safetensors` atomically and remove all but the newest `keep`."""
+    arrays: dict[str, NDArray[Any]] = {name: getattr(state, name) for name in _ARRAYS}
+    arrays |= {f"unit/{unit_name(unit)}": value for unit, value in state.units.items()}
+    for unit, moments in state.moments.items():
+        arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    scalars = json.dumps({"round": state.round, "losses": state.losses, "gamma": state.gamma})
+    metadata = {"version": _VERSION, "scalars": scalars, "checksum": str(_checksum(arrays, scalars))}
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"round-{state.round:05d}.safetensors"
+    write_atomically(target, save(arrays, metadata))
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+    return target
+
+
+def load_checkpoint(path: Path) -> ServerState:
+    """Raises InputError for a file that is truncated, altered or of another version; the file is left as it is."""
+    older = [other for other in checkpoints(path.parent) if other < path]
+    hint = f"delete it to resume from {older[-1].name}" if older else "there is no older one: start the run anew"
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error}); {hint}") from error
+    if metadata.get("version") != _VERSION:
+        raise InputError(f"checkpoint {path} has version {metadata.get('version')}, this package reads {_VERSION}")
+    scalars = metadata.get("scalars", "")
+    if metadata.get("checksum") != str(_checksum(arrays, scalars)):
+        raise InputError(f"checkpoint {path} is damaged: its checksum does not fit its contents; {hint}")
+    units = {parse_unit(n.removeprefix("unit/")): v for n, v in arrays.items() if n.startswith("unit/")}
+    moments: dict[Unit, list[NDArray[Any]]] = {}
+    for name in sorted(name for name in arrays if name.startswith("moment")):
+        moments.setdefault(parse_unit(name.partition("/")[2]), []).append(arrays[name])
+    return ServerState(
+        units=units, moments={unit: tuple(values) for unit, values in moments.items()},
+        **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
+    )  # fmt: skip
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("round-*.safetensors") if re.fullmatch(r"round-\d{5}\.safetensors", p.name))
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """The file has the old contents or the new ones, whatever happens in between."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _checksum(arrays: dict[str, NDArray[Any]], scalars: str) -> int:
+    total = zlib.crc32(scalars.encode())
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        total = zlib.crc32(f"{name} {value.dtype} {value.shape}".encode(), total)
+        total = zlib.crc32(value.tobytes(), total)
+    return total

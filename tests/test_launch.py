@@ -1,0 +1,190 @@
+"""`deepspeed launch/run_federation.py` as a user starts it: exit codes, what it leaves, and 1 rank = 2 ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from in_process import SETTINGS, write_corpus, write_model
+from safetensors.torch import load_file
+
+from sam_ds.federation.metrics import read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = ("federation.clients_per_round=4",)
+
+
+def arguments(tiny, out, *overrides):
+    keys = [*SETTINGS, f"model={tiny.model}", f"data={tiny.corpus}", f"out={out}", *overrides]
+    return [part for key in keys for part in ("--set", key)]
+
+
+def deepspeed(ranks, port, *args):
+    """Run the launcher; the finished process with its output as text."""
+    command = [shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks),
+               "--master_port", str(port), str(ROOT / "launch" / "run_federation.py"), *args]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, one_rank, tmp_path_factory):
+    """The same run by the launcher on two ranks and in this process on one: {ranks: folder}."""
+    from sam_ds.federation import launch
+
+    root = tmp_path_factory.mktemp("launch")
+    process = deepspeed(2, free_port(), *arguments(tiny, root / "2", *ROUNDS))
+    assert process.returncode == 0, process.stderr[-3000:]
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch, launch)
+        assert launch.main(arguments(tiny, root / "1", *ROUNDS)) == 0
+    return {ranks: root / str(ranks) for ranks in (1, 2)}
+
+
+def alone(patch, launch):
+    """The session's process group stands for the launch's."""
+    patch.setattr(launch.deepspeed, "init_distributed", lambda **kwargs: None)
+    patch.setattr(launch.dist, "destroy_process_group", lambda: None)
+    patch.setattr(launch, "_threads", lambda config: None)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_leaves_a_report_and_a_model(finished, ranks):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished[ranks]
+    assert "<html" in (folder / "report.html").read_text()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder / "model")("rose soil leaf")["input_ids"]])
+    assert math.isfinite(float(model(input_ids=ids, labels=ids).loss.detach()))
+    records = read_records(folder / "metrics.jsonl")
+    assert [r["kind"] for r in records if r["kind"] != "client"] == ["run", "round", "round", "round", "end"]
+    assert [r["status"] for r in records if r["kind"] == "client"] == ["ok"] * 8
+
+
+@pytest.mark.distributed
+def test_two_ranks_are_one(finished):
+    one, two = finished[1], finished[2]
+    for file in ("model.safetensors", "sam.safetensors"):
+        mine, yours = load_file(one / "model" / file), load_file(two / "model" / file)
+        assert mine.keys() == yours.keys()
+        for name, value in mine.items():
+            assert torch.equal(value, yours[name]), name
+    losses = [[r["validation_loss"] for r in read_records(f / "metrics.jsonl") if r["kind"] == "round"]
+              for f in (one, two)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.distributed
+def test_ranks_that_do_not_divide(tiny, tmp_path):
+    out = tmp_path / "run"
+    process = deepspeed(2, free_port(), *arguments(tiny, out, "runtime.ranks_per_client=4"))
+    assert process.returncode == 2
+    assert "runtime.ranks_per_client=4 does not divide the 2 ranks" in process.stderr + process.stdout
+    assert not list(out.glob("*"))
+
+
+# ------------------------------------------------------------------ bad input, in this process
+
+
+@pytest.fixture
+def refused(tiny, tmp_path, one_rank, monkeypatch):
+    """`refused(*overrides)` -> the message of a launch that ends with 2; `out` must stay as it was."""
+    from sam_ds.federation import launch
+
+    alone(monkeypatch, launch)
+    out = tmp_path / "run"
+
+    def run(*overrides, args=None):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            code = launch.main(arguments(tiny, out, *overrides) if args is None else args)
+        assert code == 2, errors.getvalue()
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        (line,) = [line for line in errors.getvalue().splitlines() if line.startswith("run_federation: ")]
+        return line
+
+    run.out = out
+    return run
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model=./nowhere"], "model './nowhere' is neither a folder"),
+        (["data=./nowhere"], "data = './nowhere': there is no such folder"),
+        (["sam.num_experts=7", "tiers.large.experts=7"], "num_experts=7 does not divide the 64 neurons"),
+        (["sam.nmu_experts=8"], "did you mean 'sam.num_experts'"),
+        (["federation.rounds=0"], "federation.rounds"),
+        (["tiers.small.memory_gib=0.00001"], "tiers.small: 4 experts with 'full' training need about"),
+        (["runtime.ranks_per_client=2"], "runtime.ranks_per_client=2 does not divide the 1 ranks"),
+        (["federation.clients=2", "federation.clients_per_round=2"], "clients must be at least 3"),
+        (["federation.forgetting=boats"], "forgetting names 'boats'"),
+        (["tiers.small.ds_config=cpu_zero9.json"], "no DeepSpeed configuration 'cpu_zero9.json'"),
+        (["tiers.small.trains=lora"], "tiers train full and lora"),
+        (["train.sequence=65"], "train.sequence = 65 is longer than the model's context of 64"),
+        (["evaluation.window=65"], "evaluation.window = 65 is longer than the model's context of 64"),
+        (["sam.calibration_tokens=128"], "calibration has 128 tokens; fitting 8 experts needs 160"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_input_ends_with_2_and_a_message(refused, overrides, message):
+    assert message in refused(*overrides)
+
+
+def test_a_domain_without_test_documents(refused, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "ships" / "test.jsonl").unlink()
+    assert "domain 'ships' of" in (line := refused(f"data={corpus}")) and "no test documents" in line
+
+
+def test_a_client_with_too_little_text(refused, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "ships" / "train.jsonl").write_text('{"text": "sail mast"}\n' * 6)
+    line = refused(f"data={corpus}", "train.sequence=32")
+    assert "train.sequence: client 2 of 6" in line and "give more text or a shorter sequence" in line
+
+
+def test_a_model_whose_neurons_do_not_divide(refused, tiny, tmp_path):
+    model = write_model(tmp_path / "model", tiny.corpus, neurons=60)
+    assert "num_experts=8 does not divide the 60 neurons" in refused(f"model={model}")
+
+
+def test_a_folder_that_holds_a_run(refused):
+    refused.out.mkdir()
+    (refused.out / "config.toml").write_text("seed = 1\n")
+    assert "already holds a run; go on with --resume" in refused()
+
+
+def test_resume_of_nothing(refused, tmp_path):
+    assert "there is no" in refused(args=["--resume", str(tmp_path / "run")])
+    assert "leave out --config" in refused(args=["--resume", str(tmp_path / "run"), "--config", "x.toml"])
+
+
+def test_resume_in_either_form(refused, tiny):
+    """`--resume=RUN` is the same as `--resume RUN`: a damaged checkpoint is found, not "already holds a run"."""
+    from sam_ds.config import to_toml
+
+    checkpoint = refused.out / "checkpoints" / "round-00001.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"damaged")
+    (refused.out / "config.toml").write_text(to_toml(tiny.config(refused.out)))
+    for args in (["--resume", str(refused.out)], [f"--resume={refused.out}"]):
+        assert "checkpoint" in (line := refused(args=args)) and "cannot be read" in line

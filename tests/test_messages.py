@@ -1,0 +1,134 @@
+"""What server and client say to each other survives the wire, and is counted as it is sent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message
+from flwr.common.serde import message_to_proto
+from in_process import Federation, over_the_wire, task_for
+
+from sam_ds.clients.worker import Result
+from sam_ds.federation.grid import identify
+from sam_ds.federation.messages import (
+    blob_record,
+    blobs_of,
+    count_bytes,
+    counters_of,
+    message_bytes,
+    result_content,
+    task_content,
+    task_of,
+)
+from sam_ds.wire.codec import encode
+from sam_ds.wire.payload import RejectedUpdate, decode_units, encode_units
+
+HELD = ((0, 1, 4), (0, 1, 2, 7))
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    identify(0)
+
+
+def sent(content):
+    """The content as the other side has it."""
+    return over_the_wire(Message(content, 1, "train", group_id="1")).content
+
+
+@pytest.mark.parametrize("method", ["sam", "fedavg", "fedit"])
+def test_task_round_trip(tiny, tmp_path, method):
+    task = task_for(Federation.of(tiny.config(tmp_path, f"method={method}"), tiny.base).server, 4, round_=7)
+    found = task_of(sent(task_content(task, encode_units(task.units, base_round=7))))
+    assert (found.round, found.client, found.tier, found.trains) == (7, 4, "medium", task.trains)
+    assert found.held == task.held
+    np.testing.assert_array_equal(found.graph_LEE, task.graph_LEE)
+    assert found.graph_LEE.dtype == bool
+    if method == "sam":
+        np.testing.assert_array_equal(found.condition, task.condition)
+    else:
+        assert found.condition is None and task.condition is None
+    assert found.units.keys() == task.units.keys()
+    for unit, value in task.units.items():
+        np.testing.assert_array_equal(found.units[unit], value)
+
+
+def test_a_task_of_another_round_is_refused(tiny, tmp_path):
+    task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, 0, round_=7)
+    with pytest.raises(RejectedUpdate, match="wrong-round"):
+        task_of(sent(task_content(task, encode_units(task.units, base_round=6))))
+
+
+@pytest.fixture
+def result():
+    rng = np.random.default_rng(0)
+    counters = [rng.integers(0, 99, size=(3, len(held), len(held))) for held in HELD]
+    return Result(
+        deltas={}, counters=counters, examples=12, tokens=128, loss_first=3.5, loss_last=3.25, load_seconds=0.5,
+        train_seconds=1.5, started=1e9,
+    )  # fmt: skip
+
+
+def test_result_round_trip(tiny, tmp_path, result):
+    task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, 0)
+    content = sent(result_content(result, encode_units(task.units, base_round=7), 7))
+    for found, value in zip(counters_of(content, HELD, 7), result.counters, strict=True):
+        np.testing.assert_array_equal(found, value)
+        assert found.dtype == np.int64
+    deltas = decode_units(blobs_of(content["units"]), base_round=7)
+    assert deltas.keys() == task.units.keys()
+    for unit, value in task.units.items():
+        np.testing.assert_array_equal(deltas[unit], value)
+    assert dict(content["metrics"]) == {
+        "num-examples": 12, "tokens": 128, "loss-first": 3.5, "loss-last": 3.25, "load-seconds": 0.5,
+        "train-seconds": 1.5, "started": 1e9,
+    }  # fmt: skip
+
+
+def with_counter(result, blob):
+    """The content of a reply whose second counter is this blob, or is missing."""
+    content = result_content(result, {}, 7)
+    blobs = {name: data for name, data in blobs_of(content["counters"]).items() if name != "shared/counters/1"}
+    content["counters"] = blob_record(blobs if blob is None else blobs | {"shared/counters/1": blob})
+    return sent(content)
+
+
+good = np.ones((3, 4, 4), np.int64)
+
+
+@pytest.mark.parametrize(
+    "blob, reason",
+    [
+        (None, "missing-unit"),
+        (encode(good, base_round=7)[:-1], "corrupt"),
+        (b"", "corrupt"),
+        (encode(good, base_round=6), "wrong-round"),
+        (encode(good[:, :3], base_round=7), "wrong-shape"),
+        (encode(good.astype(np.float32), base_round=7), "wrong-shape"),
+        (encode(good - 2, base_round=7), "corrupt"),
+    ],
+)
+def test_bad_counters_are_refused(result, blob, reason):
+    with pytest.raises(RejectedUpdate) as refusal:
+        counters_of(with_counter(result, blob), HELD, 7)
+    assert refusal.value.reason == reason
+
+
+def test_another_serialisation_is_refused():
+    """A pickle, for one."""
+    record = ArrayRecord({"shared/x": Array(np.zeros(3))})
+    with pytest.raises(RejectedUpdate, match="corrupt: 'shared/x' is of type 'numpy.ndarray'"):
+        blobs_of(record)
+
+
+def test_bytes_are_counted_as_sent(tiny, tmp_path):
+    task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, 0)
+    blobs = encode_units(task.units)
+    message = Message(task_content(task, blobs), 1, "train", group_id="1")
+    serialised = len(message_to_proto(message).SerializeToString())
+    assert message_bytes(message) == serialised
+    counted = count_bytes(message, raw=123)
+    assert (counted.raw, counted.message) == (123, serialised)
+    extra = encode(task.graph_LEE, base_round=1), encode(task.condition, base_round=1)
+    assert counted.encoded == sum(map(len, blobs.values())) + sum(map(len, extra))
+    assert counted.encoded < counted.message

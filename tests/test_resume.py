@@ -1,0 +1,146 @@
+"""A run that was stopped and started again is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from in_process import InProcessGrid, assert_equal_states, copy_base, worker_of
+from safetensors.torch import load_file
+
+from sam_ds.errors import InputError
+from sam_ds.federation import strategy as strategy_module
+from sam_ds.federation.metrics import read_records
+from sam_ds.federation.run import run_server
+from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoint
+
+OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5")
+CLOCKS = ("wall_seconds", "evaluation_seconds", "work_seconds", "orchestration_seconds", "train_seconds",
+          "load_seconds", "orchestration_share", "bytes_up", "bytes_down", "config")  # fmt: skip
+
+
+class Stopped(Exception):
+    """Stands for kill -9."""
+
+
+@pytest.fixture
+def run(tiny, new_worker):
+    """`run(folder)` starts, or goes on with, the run in that folder."""
+
+    def start(folder, *overrides):
+        config = tiny.config(folder, *OVERRIDES, *overrides)
+        if not (folder / "base").exists():
+            copy_base(tiny, folder)
+        with worker_of(new_worker()):
+            run_server(InProcessGrid(config.federation.clients), config)
+
+    return start
+
+
+def records(folder):
+    """Without what a clock decides; message sizes hold the time stamps of the metrics."""
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in read_records(folder / "metrics.jsonl")]
+
+
+def newest(folder):
+    return checkpoints(folder / "checkpoints")[-1]
+
+
+def assert_same_run(one, other):
+    assert records(one) == records(other)
+    assert_equal_states(load_checkpoint(newest(one)), load_checkpoint(newest(other)))
+    for file in ("model.safetensors", "sam.safetensors"):
+        mine, yours = load_file(one / "model" / file), load_file(other / "model" / file)
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[name], yours[name]) for name in mine)
+    raw = [[r["bytes_up"]["raw"] for r in read_records(f / "metrics.jsonl") if "bytes_up" in r] for f in (one, other)]
+    assert raw[0] == raw[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, new_worker, tmp_path_factory):
+    """The run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    copy_base(tiny, folder)
+    with worker_of(new_worker()):
+        run_server(InProcessGrid(6), tiny.config(folder, *OVERRIDES))
+    return folder
+
+
+def test_a_whole_run_leaves_everything(whole):
+    assert {path.name for path in whole.iterdir()} >= {
+        "base", "checkpoints", "config.toml", "metrics.jsonl", "model", "report.html",
+    }  # fmt: skip
+    kinds = [record["kind"] for record in records(whole)]
+    assert kinds == ["run", "round", *["client", "client", "client", "round"] * 4, "end"]
+
+
+@pytest.mark.parametrize("round_", [0, 2, 4])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_stopped_at_a_checkpoint(whole, run, tmp_path, monkeypatch, round_, when):
+    """Killed just before a checkpoint of a round is in its place, or just after."""
+    folder = tmp_path / "run"
+
+    def crash(state, *args, **kwargs):
+        if state.round == round_ and when == "before":
+            raise Stopped
+        path = save_checkpoint(state, *args, **kwargs)
+        if state.round == round_:
+            raise Stopped
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy_module, "save_checkpoint", crash)
+        with pytest.raises(Stopped):
+            run(folder)
+    run(folder)
+    assert_same_run(whole, folder)
+
+
+def test_stopped_in_the_middle_of_a_line(whole, run, tmp_path, monkeypatch):
+    """In round 3, the log cut within its last record."""
+    folder = tmp_path / "run"
+
+    def crash(state, *args, **kwargs):
+        if state.round == 3:
+            raise Stopped
+        return save_checkpoint(state, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy_module, "save_checkpoint", crash)
+        with pytest.raises(Stopped):
+            run(folder)
+    log = folder / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    run(folder)
+    assert_same_run(whole, folder)
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_finished_run_only_ends_again(whole, run, stopped):
+    run(stopped)
+    assert_same_run(whole, stopped)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_older_one(whole, run, stopped):
+    path = newest(stopped)
+    path.write_bytes(path.read_bytes()[:-1])
+    before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="round-00004.safetensors .* delete it to resume from round-00003"):
+        run(stopped)
+    assert {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()} == before
+    path.unlink()
+    run(stopped)
+    assert_same_run(whole, stopped)
+
+
+def test_a_checkpoint_of_another_method_is_refused(run, stopped):
+    with pytest.raises(InputError, match="other tensors than this model and method train"):
+        run(stopped, "method=fedavg")

@@ -1,0 +1,448 @@
+"""The round loop: what is logged, what a bad client can do (nothing), and that the numbers are the formula's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, MetricRecord
+from in_process import ClientCrash, Federation, assert_equal_states
+
+from sam_ds.errors import InputError
+from sam_ds.federation.messages import blob_record, blobs_of
+from sam_ds.federation.participation import sample_clients
+from sam_ds.federation.state import checkpoints, load_checkpoint
+from sam_ds.federation.strategy import RunStopped
+from sam_ds.graph.dag import check_graph
+from sam_ds.wire.codec import decode, encode
+from sam_ds.wire.payload import ExpertUnit, decode_units
+
+
+@pytest.fixture
+def federate(tiny, new_worker, tmp_path):
+    """`federate(*overrides, worker=(), start=True, **grid)` -> a Federation that has run."""
+    count = iter(range(100))
+
+    def run(*overrides, worker=(), start=True, **grid):
+        config = tiny.config(tmp_path / str(next(count)), *overrides)
+        federation = Federation.of(config, tiny.base, new_worker(*worker), **grid)
+        return federation.start() if start else federation
+
+    return run
+
+
+def status(federation, client=None, round_=1):
+    found = {r["client"]: r["status"] for r in federation.records("client") if r["round"] == round_}
+    return found if client is None else found[client]
+
+
+# ------------------------------------------------------------------ a good run
+
+
+@pytest.fixture(scope="module")
+def good(tiny, new_worker, tmp_path_factory):
+    """Three rounds; the graph is edited after the second."""
+    config = tiny.config(tmp_path_factory.mktemp("good"), "federation.rounds=3")
+    return Federation.of(config, tiny.base, new_worker()).start()
+
+
+def test_records_are_complete(good):
+    rounds, clients = good.records("round"), good.records("client")
+    assert [r["round"] for r in rounds] == [0, 1, 2, 3]
+    assert [r["round"] for r in clients] == [1] * 3 + [2] * 3 + [3] * 3
+    for record in rounds:
+        for kind in ("merged", "sparse"):
+            scores = record[kind]
+            assert list(scores["domains"]) == ["gardens", "numbers", "ships"]
+            assert all(1 < value < 1000 for value in [*scores["domains"].values(), scores["headline"]])
+        assert math.isfinite(record["validation_loss"])
+        assert record["wall_seconds"] >= record["evaluation_seconds"] > 0
+        assert record["orchestration_seconds"] >= 0
+        mine = [r for r in clients if r["round"] == record["round"]]
+        for way in ("bytes_up", "bytes_down"):
+            for name in ("raw", "encoded", "message"):
+                assert record[way][name] == sum(r[way][name] for r in mine)
+        if record["round"]:
+            assert record["p_answer"] == 1.0 and record["answers"] == 3
+            assert record["largest_weight"] >= 2.0  # 1 / pi
+            assert 1.0 <= record["effective_sample_size"] <= record["mean_effective_sample_size"] <= 3.0
+    for record in clients:
+        assert record["status"] == "ok"
+        assert record["domain"] == ["gardens", "numbers", "ships"][record["client"] % 3]
+        assert record["tier"] == good.server.tiers[record["client"]]
+        assert math.isfinite(record["loss_first"]) and math.isfinite(record["loss_last"])
+        assert record["tokens"] == 2 * 4 * 16 and record["active_flops"] > 0
+        for way in ("bytes_up", "bytes_down"):
+            assert 0 < record[way]["encoded"] < record[way]["message"]
+        assert record["bytes_up"]["raw"] == record["bytes_down"]["raw"]
+
+
+def test_edits_keep_the_graph_valid(good):
+    rounds = {r["round"]: r for r in good.records("round")}
+    assert rounds[1]["edits"] == rounds[3]["edits"] == []
+    edits = rounds[2]["edits"]
+    assert edits and rounds[2]["gamma"] == max(abs(edit["change"]) for edit in edits)
+    assert any(edit["kept"] for edit in edits)
+    for graph_EE in good.server.state.graph:
+        check_graph(graph_EE, good.config.sam.roots)
+    assert rounds[3]["edges"] == good.server.state.graph.sum((1, 2)).tolist()
+    kept = sum({"promote": 1, "prune": -1}[edit["kind"]] for edit in edits if edit["kept"])
+    assert sum(rounds[2]["edges"]) == sum(rounds[1]["edges"]) + kept
+    np.testing.assert_array_equal(good.server.model.graph().numpy(), good.server.state.graph)
+
+
+def test_counters_start_over_after_edits(good):
+    state = good.server.state
+    assert state.used.sum() < state.used_total.sum()
+    assert not np.tril(state.used_total).any()
+
+
+def test_checkpoints_hold_the_state(good):
+    found = checkpoints(good.run / "checkpoints")
+    assert [path.name for path in found] == [f"round-0000{r}.safetensors" for r in (1, 2, 3)]
+    assert_equal_states(load_checkpoint(found[-1]), good.server.state)
+    assert len(good.server.state.losses) == 4
+    assert good.server.state.losses == [r["validation_loss"] for r in good.records("round")]
+
+
+def test_nothing_is_left_in_the_spool(good):
+    assert not (good.run / "spool").exists()
+
+
+def test_training_lowers_the_loss(federate):
+    rounds = federate("federation.rounds=3", "federation.clients_per_round=6", "train.lr=0.01").records("round")
+    assert rounds[-1]["merged"]["headline"] < 0.9 * rounds[0]["merged"]["headline"]
+
+
+def test_the_order_of_replies_does_not_matter(good, federate):
+    other = federate("federation.rounds=3", reverse=True)
+    assert_equal_states(other.server.state, good.server.state)
+
+
+@pytest.mark.parametrize("method", ["sam", "fedavg"])
+def test_lossless_compression_changes_nothing(federate, method):
+    pytest.importorskip("zstandard")
+    overrides = (f"method={method}",)
+    plain = federate(*overrides, worker=overrides)
+    packed = federate(*overrides, "wire.compress=true", worker=(*overrides, "wire.compress=true"))
+    assert_equal_states(plain.server.state, packed.server.state)
+    for one, other in zip(plain.records("round"), packed.records("round"), strict=True):
+        assert other["bytes_up"]["raw"] == one["bytes_up"]["raw"]
+        assert other["bytes_up"]["encoded"] <= one["bytes_up"]["encoded"]
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_lossy_values_stay_close(federate, values):
+    exact = federate("federation.rounds=1")
+    lossy = federate("federation.rounds=1", f"wire.values={values}", worker=(f"wire.values={values}",))
+    assert lossy.records("round")[1]["bytes_up"]["encoded"] < 0.7 * exact.records("round")[1]["bytes_up"]["encoded"]
+    for unit, value in exact.server.state.units.items():
+        # An update is at most a few learning rates, times 1 / p; it is kept to about a hundredth.
+        np.testing.assert_allclose(lossy.server.state.units[unit], value, atol=2e-3, err_msg=str(unit))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_moments_are_kept(federate, optimizer):
+    federation = federate(f"federation.server_optimizer={optimizer}", "federation.server_lr=0.001")
+    assert all(math.isfinite(r["validation_loss"]) for r in federation.records("round"))
+    assert {len(m) for m in federation.server.state.moments.values()} == {1 if optimizer == "momentum" else 2}
+    assert_equal_states(load_checkpoint(checkpoints(federation.run / "checkpoints")[-1]), federation.server.state)
+
+
+@pytest.mark.parametrize("overrides", [
+    ("federation.sampling=poisson",), ("federation.score=uniform",), ("federation.score=usage",),
+    ("federation.aggregation=hajek",), ("federation.aggregation=clipped",), ("federation.aggregation=none",),
+    ("federation.partition=iid",), ("federation.partition=dirichlet",), ("federation.forgetting=ships",),
+    ("evaluation.sparse=false", "evaluation.every=2"),
+], ids=" ".join)  # fmt: skip
+def test_every_variant_runs(federate, overrides):
+    federation = federate(*overrides)
+    assert all(math.isfinite(r["validation_loss"]) for r in federation.records("round"))
+    if "federation.forgetting=ships" in overrides:
+        scores = federation.records("round")[-1]["merged"]
+        assert scores["forgetting"] == pytest.approx(scores["domains"]["ships"])
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+def test_ht_is_the_formula(federate):
+    """delta_u = sum over replies of w_i / p_{i,u} delta_{i,u}, and theta moves by it."""
+    federation = federate("federation.rounds=1", start=False)
+    before = dict(federation.server.state.units)
+    federation.start()
+    planned = federation.strategy._planned.plan.clients
+    examples = federation.server.state.examples
+    expected = {unit: value.astype(np.float64) for unit, value in before.items()}
+    for client, reply in zip(planned, federation.grid.seen, strict=True):
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = client.pi
+            if isinstance(unit, ExpertUnit):
+                assert unit.expert in client.experts[unit.layer]
+                p *= client.h[unit.layer, unit.expert]
+            expected[unit] = expected[unit] + examples[client.client] / examples.sum() / p * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
+    moved = sum(not np.array_equal(before[u], value) for u, value in federation.server.state.units.items())
+    assert moved > 0
+
+
+def trained_alone(server, worker, client):
+    """FedAvg's ClientUpdate, line by line: the plain dense model and torch's own optimizer."""
+    from transformers import AutoModelForCausalLM
+
+    from sam_ds.data.batches import batch_indices
+
+    settings = server.config.train
+    model = AutoModelForCausalLM.from_pretrained(worker.folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    rows = worker.rows(client)
+    order = batch_indices(len(rows), settings.batch, settings.steps, (server.config.seed, 1, client))
+    for step, picked in enumerate(order):
+        for group in optimizer.param_groups:
+            up, down = (step + 1) / (settings.warmup_steps + 1), (settings.steps - step) / settings.steps
+            group["lr"] = settings.lr * min(1.0, up, down)
+        ids = torch.from_numpy(rows[picked])
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach().double().numpy() for name, value in model.named_parameters()}
+
+
+def test_fedavg_is_the_example_weighted_mean_of_local_models(federate, new_worker):
+    overrides = ("method=fedavg", "federation.clients_per_round=6", "federation.rounds=1",
+                 "federation.partition=dirichlet")  # fmt: skip
+    federation = federate(*overrides, worker=overrides)
+    worker, server = new_worker(*overrides), federation.server
+    examples = server.state.examples
+    assert len(set(examples.tolist())) > 1
+    local = [trained_alone(server, worker, client) for client in range(6)]
+    assert {unit.name for unit in server.state.units} == set(local[0])
+    for unit, value in server.state.units.items():
+        mean = sum(n * model[unit.name] for n, model in zip(examples, local, strict=True)) / examples.sum()
+        # Adam divides by the gradient's size: where that is next to nothing, rounding shows.
+        np.testing.assert_allclose(value, mean, atol=3e-5, err_msg=unit.name)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedit"])
+def test_dense_methods_run_and_send_everything(federate, method):
+    overrides = (f"method={method}",)
+    federation = federate(*overrides, worker=overrides)
+    raw = {r["bytes_up"]["raw"] for r in federation.records("client")}
+    assert raw == {sum(value.nbytes for value in federation.server.state.units.values())}
+    assert all(r["sparse"] is None for r in federation.records("round"))
+    losses = federation.server.state.losses
+    assert losses[-1] < losses[0]
+
+
+# ------------------------------------------------------------------ clients that fail or lie
+
+
+def replace_blobs(record, change):
+    """A tamper function: change the blobs of a record of the reply."""
+
+    def tamper(reply):
+        reply.content[record] = blob_record(change(dict(blobs_of(reply.content[record]))))
+        return reply
+
+    return tamper
+
+
+def change_first(change):
+    """Decode the first unit, change it, encode it again."""
+
+    def tamper(blobs):
+        name = next(n for n in sorted(blobs) if n.startswith("expert/"))
+        value, round_ = decode(blobs[name])
+        return blobs | {name: change(value.copy(), round_)}
+
+    return tamper
+
+
+def poison(value, round_):
+    value.flat[-1] = np.nan
+    return encode(value, base_round=round_)
+
+
+def without_first(blobs):
+    del blobs[min(blobs)]
+    return blobs
+
+
+def negative(blobs):
+    return {name: encode(-1 - decode(data)[0], base_round=1) for name, data in blobs.items()}
+
+
+def crash(reply):
+    raise ClientCrash("CUDA out of memory")
+
+
+def drop(record):
+    def tamper(reply):
+        del reply.content[record]
+        return reply
+
+    return tamper
+
+
+def pickled(reply):
+    reply.content["units"] = ArrayRecord({"expert/0/0/up": Array(np.zeros(3))})
+    return reply
+
+
+def with_metric(name, value):
+    """Another value of one metric, or None to leave it out."""
+
+    def tamper(reply):
+        metrics = dict(reply.content["metrics"]) | {name: value}
+        reply.content["metrics"] = MetricRecord({n: v for n, v in metrics.items() if v is not None})
+        return reply
+
+    return tamper
+
+
+BAD = {
+    "NaN": (replace_blobs("units", change_first(poison)), "not-finite"),
+    "wrong shape": (replace_blobs("units", change_first(lambda v, r: encode(v[:, 1:], base_round=r))), "wrong-shape"),
+    "wrong round": (replace_blobs("units", change_first(lambda v, r: encode(v, base_round=0))), "wrong-round"),
+    "unknown unit": (replace_blobs("units", lambda b: b | {"expert/0/99/up": b[min(b)]}), "unknown-unit"),
+    "unknown name": (replace_blobs("units", lambda b: b | {"../../passwd": b[min(b)]}), "unknown-unit"),
+    "missing unit": (replace_blobs("units", without_first), "missing-unit"),
+    "no unit": (replace_blobs("units", lambda b: {}), "missing-unit"),
+    "corrupt": (replace_blobs("units", change_first(lambda v, r: encode(v, base_round=r)[:-1])), "corrupt"),
+    "pickle": (pickled, "corrupt"),
+    "negative counters": (replace_blobs("counters", negative), "corrupt"),
+    "no counters": (replace_blobs("counters", lambda b: {}), "missing-unit"),
+    "exception": (crash, "client-failed: CUDA out of memory"),
+    "units left out": (drop("units"), "missing-unit"),
+    "counters left out": (drop("counters"), "missing-unit"),
+    "metrics left out": (drop("metrics"), "missing-unit"),
+    "a metric left out": (with_metric("loss-last", None), "corrupt"),
+    "a metric that is no number": (with_metric("tokens", math.nan), "corrupt"),
+    "a metric that is a list": (with_metric("started", [1.0, 2.0]), "corrupt"),
+    "never answers": (lambda reply: None, None),
+}
+
+
+@pytest.fixture(scope="module")
+def silent(tiny, new_worker, tmp_path_factory):
+    """A round whose second client never answers: (client, Federation)."""
+    config = tiny.config(tmp_path_factory.mktemp("silent"), "federation.rounds=1", "federation.timeout_seconds=0.5")
+    client = first_clients(config)[1]
+    return client, Federation.of(config, tiny.base, new_worker(), tamper={client: lambda reply: None}).start()
+
+
+def first_clients(config):
+    """Who is drawn in round 1."""
+    section = config.federation
+    drawn, _ = sample_clients(config.seed, 1, clients=section.clients,
+                              per_round=section.clients_per_round, scheme=section.sampling)  # fmt: skip
+    return [int(client) for client in drawn]
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_bad_client_is_named_and_left_out(federate, silent, how):
+    tamper, reason = BAD[how]
+    client, reference = silent
+    federation = federate("federation.rounds=1", "federation.timeout_seconds=0.5", tamper={client: tamper})
+    found = status(federation)
+    assert found.pop(client).startswith("error: no answer" if reason is None else f"rejected: {reason}")
+    assert len(found) == 2 and set(found.values()) == {"ok"}
+    record = federation.records("round")[1]
+    assert record["p_answer"] == pytest.approx(2 / 3) and record["answers"] == 2
+    assert_equal_states(federation.server.state, reference.server.state)
+
+
+def test_ht_scales_by_the_share_that_answered(silent, tiny):
+    """The two that answered, weighted by 1 / p, times 3 / 2."""
+    client, federation = silent
+    planned = federation.strategy._planned.plan.clients
+    examples = federation.server.state.examples
+    first = Federation.of(federation.config, tiny.base).server
+    expected = {unit: value.astype(np.float64) for unit, value in first.state.units.items()}
+    for each, reply in zip(planned, federation.grid.seen, strict=True):
+        if each.client == client:
+            continue
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = each.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else each.pi
+            expected[unit] = expected[unit] + 1.5 * examples[each.client] / examples.sum() / p * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+@pytest.mark.parametrize("rule", ["hajek", "none"])
+def test_other_rules_are_not_scaled(federate, rule):
+    """A mean of the answers is one whoever is missing."""
+    client = first_clients(federate(start=False).config)[1]
+    federation = federate("federation.rounds=1", f"federation.aggregation={rule}", tamper={client: crash})
+    fresh = federate(start=False).server.state.units
+    sums = {}
+    for each, reply in zip(federation.strategy._planned.plan.clients, federation.grid.seen, strict=True):
+        if each.client == client:
+            continue
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = each.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else each.pi
+            a = federation.server.state.examples[each.client] / (p if rule == "hajek" else 1.0)
+            total, weight = sums.get(unit, (0.0, 0.0))
+            sums[unit] = total + a * delta.astype(np.float64), weight + a
+    for unit, value in federation.server.state.units.items():
+        total, weight = sums.get(unit, (0.0, 1.0))
+        np.testing.assert_allclose(value, fresh[unit] + total / weight, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def test_when_all_fail_the_run_stops_with_its_state(federate):
+    """The first round is good; in the second nobody gives a valid answer."""
+    calls = []
+
+    def later(reply):
+        calls.append(reply)
+        if reply.metadata.group_id == "2":
+            raise ClientCrash("gone")
+        return reply
+
+    federation = federate("federation.void_retries=1", tamper=dict.fromkeys(range(6), later), start=False)
+    with pytest.raises(RunStopped, match="round 2 had no valid answer in 2 attempts; the state after round 1"):
+        federation.start()
+    state = load_checkpoint(checkpoints(federation.run / "checkpoints")[-1])
+    assert state.round == 1
+    assert_equal_states(state, federation.server.state)
+    assert [r["round"] for r in federation.records("round")] == [0, 1]
+    assert sum(r["round"] == 2 for r in federation.records("client")) == 2 * 3
+    assert len(calls) == 9
+
+
+def test_a_void_round_is_repeated(federate):
+    """Nobody answers at first; the repeat is the round as it would have been."""
+    seen = []
+
+    def at_first(reply):
+        seen.append(reply)
+        if len(seen) <= 3:
+            raise ClientCrash("not yet")
+        return reply
+
+    late = federate("federation.rounds=1", tamper=dict.fromkeys(range(6), at_first))
+    assert_equal_states(late.server.state, federate("federation.rounds=1").server.state)
+
+
+def test_a_round_without_clients_is_no_failure(federate):
+    """Poisson sampling may draw nobody: the unbiased update of such a round is zero."""
+    overrides = ("federation.sampling=poisson", "federation.clients_per_round=1", "federation.rounds=5",
+                 "federation.void_retries=0", "federation.max_edits=0")  # fmt: skip
+    federation = federate(*overrides)
+    clients = {r["round"] for r in federation.records("client")}
+    empty = [r for r in federation.records("round") if r["round"] and r["round"] not in clients]
+    assert empty and all(record["answers"] == 0 for record in empty)
+    losses = federation.server.state.losses
+    for record in empty:
+        assert losses[record["round"]] == losses[record["round"] - 1]
+
+
+def test_too_few_nodes(federate):
+    federation = federate("federation.timeout_seconds=0.1", start=False)
+    federation.grid.clients = 4
+    with pytest.raises(InputError, match="federation.clients is 6, but only 4 nodes"):
+        federation.start()

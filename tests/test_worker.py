@@ -1,0 +1,146 @@
+"""A client's work is a function of its task: nothing of who trained before, or where, is in the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from in_process import Federation, task_for
+
+from sam_ds.wire.payload import ExpertUnit
+
+SMALL, MEDIUM, LARGE = 0, 4, 5  # clients of these tiers: 4, 6 and 8 experts, a token visits 4
+
+KINDS = {
+    "full": (),
+    "lora": tuple(f"tiers.{tier}.trains=lora" for tier in ("small", "medium", "large")),
+    "all": ("method=fedavg",),
+    "lora-both": ("method=fedit",),
+}
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def kind(request, tiny, new_worker, tmp_path_factory):
+    """A worker and a server of a method, by what trains."""
+    overrides = KINDS[request.param]
+    server = Federation.of(tiny.config(tmp_path_factory.mktemp("run"), *overrides), tiny.base).server
+    assert server.trains == request.param
+    return new_worker(*overrides), server
+
+
+def assert_same(one, other):
+    assert one.deltas.keys() == other.deltas.keys()
+    for unit, delta in one.deltas.items():
+        np.testing.assert_array_equal(delta, other.deltas[unit], err_msg=str(unit))
+    for mine, yours in zip(one.counters, other.counters, strict=True):
+        np.testing.assert_array_equal(mine, yours)
+    assert (one.loss_first, one.loss_last) == (other.loss_first, other.loss_last)
+
+
+def test_same_task_same_answer_whoever_trained_between(kind):
+    worker, server = kind
+    task = task_for(server, MEDIUM)
+    first = worker.train(task)
+    worker.train(task_for(server, 1, round_=3))  # the same tier, and so the same engine
+    worker.train(task_for(server, LARGE, round_=2))
+    worker.register(MEDIUM, "medium", server.trains)
+    assert_same(first, worker.train(task))
+    assert any(delta.any() for delta in first.deltas.values())
+
+
+def test_round_and_held_experts_matter(kind):
+    worker, server = kind
+    first = worker.train(task_for(server, MEDIUM))
+    assert worker.train(task_for(server, MEDIUM, round_=2)).loss_first != first.loss_first
+    if server.method.sparse:
+        assert worker.train(task_for(server, MEDIUM, seed=1)).loss_first != first.loss_first
+
+
+def test_answer_has_the_units_of_the_task_and_no_other(kind):
+    worker, server = kind
+    for client in (SMALL, MEDIUM, LARGE):
+        task = task_for(server, client)
+        result = worker.train(task)
+        assert result.deltas.keys() == task.units.keys()
+        for unit, delta in result.deltas.items():
+            assert delta.shape == task.units[unit].shape and delta.dtype == np.float32
+            if isinstance(unit, ExpertUnit):
+                assert unit.expert in task.held[unit.layer]
+        assert result.examples == len(worker.clients[client].texts) == worker.register(
+            client, task.tier, task.trains)[0]  # fmt: skip
+        assert result.tokens == 2 * 4 * 16
+
+
+def test_a_learning_rate_of_nothing_changes_nothing(kind, monkeypatch):
+    worker, server = kind
+    monkeypatch.setattr("sam_ds.clients.worker.set_learning_rate", lambda engine, lr: zero(engine))
+
+    def zero(engine):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+
+    for client in (SMALL, MEDIUM):
+        result = worker.train(task_for(server, client))
+        assert not any(delta.any() for delta in result.deltas.values())
+
+
+def test_starts_from_the_units_of_the_task(kind):
+    """Two tasks that differ in one unit differ in the first loss."""
+    worker, server = kind
+    task = task_for(server, MEDIUM)
+    first = worker.train(task).loss_first
+    shifted = {unit: value + 0.05 if "down" in str(unit) else value for unit, value in task.units.items()}
+    assert worker.train(replace(task, units=shifted)).loss_first != first
+    assert worker.train(task).loss_first == first
+
+
+def test_counters(kind):
+    worker, server = kind
+    task = task_for(server, MEDIUM)
+    result = worker.train(task)
+    if not server.method.sparse:
+        assert result.counters == []
+        return
+    tokens = result.tokens
+    for layer, counts in enumerate(result.counters):
+        slots, roots, top_k = len(task.held[layer]), server.config.sam.roots, server.config.sam.top_k
+        assert counts.shape == (3, slots, slots) and counts.dtype == np.int64
+        used, offered, together = counts
+        assert (counts >= 0).all() and not np.tril(counts).any()
+        assert (used <= offered).all()
+        # Each choice beside the roots credits one edge; only a token that ran out of edges makes fewer.
+        assert 0 < used.sum() <= tokens * (top_k - roots)
+        assert together.sum() <= tokens * top_k * (top_k - 1) / 2
+        assert together[0, 1] == tokens  # both are roots
+
+
+def test_registration(kind):
+    worker, server = kind
+    for client in (SMALL, LARGE):
+        examples, scores, rates = worker.register(client, server.tiers[client], server.trains)
+        assert examples == len(worker.clients[client].texts)
+        assert scores.shape == rates.shape == (2, 8)
+        assert scores.dtype == rates.dtype == np.float32 and np.isfinite(scores).all()
+        assert (rates >= 0).all() and (rates <= 1).all() and (rates[:, :2] == 1).all()
+        # Over the full graph every token finds as many experts as it may visit.
+        np.testing.assert_allclose(rates.sum(1), 4, rtol=1e-5)
+
+
+def test_registration_does_not_depend_on_who_trained_before(kind):
+    worker, server = kind
+    _, scores, rates = worker.register(MEDIUM, "medium", server.trains)
+    worker.train(task_for(server, MEDIUM))
+    _, scores_after, rates_after = worker.register(MEDIUM, "medium", server.trains)
+    np.testing.assert_array_equal(scores_after, scores)
+    np.testing.assert_array_equal(rates_after, rates)
+
+
+def test_dense_methods_use_one_engine_whichever_client_comes_first(tiny, one_rank):
+    from sam_ds.clients.worker import Worker
+
+    config = tiny.config(tiny.base, "method=fedavg", "tiers.small.ds_config=cpu_zero0.json")
+    worker = Worker(config, tiny.base, [], one_rank)
+    assert worker.engine("small", "all") is worker.engine("large", "all")
+    assert worker.engine("small", "all").engine.zero_optimization_stage() == 2
+    worker.close()

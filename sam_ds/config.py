@@ -53,7 +53,7 @@ class FederationSection(Checked):
     prefix: ClassVar[str] = "federation."
     rounds: Count = 6
     clients: Count = 8  # N
-    clients_per_round: Count = 4  # K; the expected number under Poisson sampling
+    clients_per_round: Count = 8  # K; the expected number under Poisson sampling
     sampling: Literal["without_replacement", "poisson"] = "without_replacement"
     partition: Literal["domain", "dirichlet", "iid"] = "domain"
     alpha: Positive = 0.5  # Dirichlet concentration
@@ -61,7 +61,7 @@ class FederationSection(Checked):
     public_every: Annotated[int, Interval(2)] = 4  # documents of index mod this = 0 are public
     edges: Count = 48  # B, edges a client may use per layer
     explore: Probability = 0.05  # eps, an edge of a client's mask flips
-    floor: Probability = 0.2  # least inclusion probability of an expert that is not a root
+    floor: Probability = 0.3  # least inclusion probability of an expert that is not a root
     score: Literal["uniform", "usage", "reach"] = "reach"  # what held experts are drawn by
     aggregation: Literal["ht", "hajek", "clipped", "none"] = "ht"
     clip: Positive = 10.0  # largest 1/p under "clipped"
@@ -84,10 +84,10 @@ class TrainSection(Checked):
     """One client's local training in one round."""
 
     prefix: ClassVar[str] = "train."
-    steps: Count = 12
-    batch: Count = 8  # sequences a step, over all ranks of the client
+    steps: Count = 24
+    batch: Count = 4  # sequences a step, over all ranks of the client
     sequence: Annotated[int, Interval(2)] = 128  # tokens
-    lr: Positive = 3e-3
+    lr: Positive = 1.5e-3
     warmup_steps: Natural = 3
     weight_decay: NonNegative = 0.0
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone
@@ -112,10 +112,10 @@ class EvaluationSection(Checked):
     prefix: ClassVar[str] = "evaluation."
     every: Count = 1  # rounds
     window: Annotated[int, Interval(2)] = 256
-    stride: Count = 128
+    stride: Count = 256
     batch: Count = 8  # windows
-    max_tokens: Annotated[int, Interval(2)] = 8192  # per domain of the valid split, during the run
-    test_tokens: Annotated[int, Interval(2)] = 16384  # per domain of the test split, before and after
+    max_tokens: Annotated[int, Interval(2)] = 2048  # per domain of the valid split, during the run
+    test_tokens: Annotated[int, Interval(2)] = 8192  # per domain of the test split, before and after
     sparse: bool = True  # also with k experts visited, beside the merged model
 
 
@@ -135,6 +135,7 @@ class TierSection(Checked):
 
     prefix: ClassVar[str] = "tier "
     experts: Count  # held per layer, roots included
+    sends: Natural = 0  # of them, drawn anew each round; 0 = all: for an uplink narrower than the memory
     memory_gib: Positive
     precision: Literal["fp32", "bf16"] = "fp32"
     trains: Literal["full", "lora"] = "full"  # rows of the held experts, or their slices of an adapter
@@ -144,8 +145,8 @@ class TierSection(Checked):
 
 def _default_tiers() -> dict[str, TierSection]:
     return {
-        "small": TierSection(experts=6, memory_gib=0.5, share=0.375),
-        "medium": TierSection(experts=10, memory_gib=1.0, share=0.375),
+        "small": TierSection(experts=8, memory_gib=0.5, share=0.375),
+        "medium": TierSection(experts=12, memory_gib=1.0, share=0.375),
         "large": TierSection(experts=16, memory_gib=2.0, share=0.25),
     }
 
@@ -188,6 +189,7 @@ class RunConfig(Checked):
                 raise InputError(f"a tier's name must be of letters, digits and underscores, got {name!r}")
             _at_most("sam.roots", sam.roots, f"tiers.{name}.experts", tier.experts)
             _at_most(f"tiers.{name}.experts", tier.experts, "sam.num_experts", sam.num_experts)
+            _at_most(f"tiers.{name}.sends", tier.sends, f"tiers.{name}.experts", tier.experts)
             if federation.floor * free > tier.experts - sam.roots + 1e-9:
                 raise InputError(
                     f"federation.floor = {federation.floor} asks for {federation.floor * free:g} experts "

@@ -251,6 +251,6 @@ def task_for(server: Server, client: int, *, round_: int = 1, seed: int = 0) -> 
         drawn = np.random.default_rng([seed, client, layer]).permutation(np.arange(roots, num_experts))[: slots - roots]
         held.append((*range(roots), *sorted(map(int, drawn))))
     return Task(
-        round=round_, client=client, tier=tier, trains=server.trains, held=tuple(held), graph_LEE=state.graph,
-        condition=condition_of(server, client) if sparse else None, units=server.units_for(held),
+        round=round_, client=client, tier=tier, trains=server.trains, held=tuple(held), sent=tuple(held),
+        graph_LEE=state.graph, condition=condition_of(server, client) if sparse else None, units=server.units_for(held),
     )  # fmt: skip

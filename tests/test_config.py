@@ -166,8 +166,8 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("sam.roots=0", ["sam.roots must be >= 1", "got 0"]),
     ("federation.clients_per_round=9", ["federation.clients_per_round must be at most federation.clients"]),
     ("federation.edges=13", ["federation.edges must be at least", "= 14", "got 13"]),
-    ("federation.floor=0.5", ["federation.floor = 0.5 asks for 7", "tiers.small.experts = 6 leaves 4"]),
-    ("runtime.ranks_per_client=3", ["train.batch must be a multiple of runtime.ranks_per_client", "8", "3"]),
+    ("federation.floor=0.5", ["federation.floor = 0.5 asks for 7", "tiers.small.experts = 8 leaves 6"]),
+    ("runtime.ranks_per_client=3", ["train.batch must be a multiple of runtime.ranks_per_client", "4", "3"]),
     ("evaluation.stride=512", ["evaluation.stride must be at most evaluation.window"]),
     ("tiers.small.experts=1", ["sam.roots must be at most tiers.small.experts"]),
     ("tiers.large.experts=17", ["tiers.large.experts must be at most sam.num_experts"]),
@@ -253,4 +253,4 @@ def test_every_deepspeed_file_has_a_test() -> None:
 def test_default_shares_and_budgets_are_what_the_default_run_needs() -> None:
     config = RunConfig()
     assert [tier.share * config.federation.clients for tier in config.tiers.values()] == [3, 3, 2]
-    assert math.isclose(config.federation.floor * (config.sam.num_experts - config.sam.roots), 2.8)
+    assert math.isclose(config.federation.floor * (config.sam.num_experts - config.sam.roots), 4.2)

@@ -238,3 +238,20 @@ def test_plan_refuses_bad_input(wrong):
 def test_member_needs_examples():
     with pytest.raises(InputError, match="0 examples"):
         Member(1, "small", 0)
+
+
+def test_sending_fewer_than_held_has_the_probability_it_says():
+    """Over many rounds an expert is sent as often as `probability` claims, whatever was held; sizes are exact."""
+    members = [Member(i, "one", 1) for i in range(2)]
+    sent_count, claimed = np.zeros((2, 6)), np.zeros((2, 6))
+    rounds = 4000
+    for r in range(rounds):
+        plan = plan_round(
+            0, r, members, {"one": (4,)}, layers=1, num_experts=6, roots=1, per_round=1, floor=0.2, sends={"one": 3}
+        )
+        for client in plan.clients:
+            assert len(client.sent[0]) == 3 and set(client.sent[0]) <= set(client.experts[0])
+            sent_count[client.client, list(client.sent[0])] += 1
+            claimed[client.client] = [client.probability(0, e) for e in range(6)]
+    np.testing.assert_allclose(sent_count / rounds, claimed, atol=4 * (0.25 / rounds) ** 0.5)
+    assert claimed[0, 0] == 0.5 * 3 / 4  # a root is always held, and sent by its share

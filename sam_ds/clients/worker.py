@@ -39,9 +39,9 @@ from sam_ds.experts.model import add_assembler, from_pretrained
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import expert_weights, prepare, read_units, shared_parameters, trained_fields, write_units
 from sam_ds.graph.route import Counters, route
-from sam_ds.wire.payload import Unit
+from sam_ds.wire.payload import ExpertUnit, Unit
 
-_REGISTRATION_TOKENS = 4096
+_REGISTRATION_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Task:
     trains: str
     held: tuple[tuple[int, ...], ...]
     """Experts in each layer, ascending, roots first."""
+    sent: tuple[tuple[int, ...], ...]
+    """Those of them whose update the client answers."""
     graph_LEE: NDArray[np.bool_]
     condition: NDArray[np.float32] | None
     """(L, E + 1) for the assembler; None where the method has none."""
@@ -170,7 +172,12 @@ class Worker:
             engine.step(torch.from_numpy(rows[picked]), step) for step, picked in enumerate(order)
         ]
         after = engine.read(task.held)
-        deltas = {unit: (after[unit] - before[unit]).numpy() for unit in after}
+        sent = [set(experts) for experts in task.sent]
+        deltas = {
+            unit: (after[unit] - before[unit]).numpy()
+            for unit in after
+            if not isinstance(unit, ExpertUnit) or unit.expert in sent[unit.layer]
+        }
         return Result(
             deltas=deltas, counters=engine.counters(), examples=len(rows),
             tokens=settings.steps * settings.batch * settings.sequence, loss_first=losses[0],

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from flwr.app import Context, RecordDict
 from tqdm.auto import tqdm
+from transformers.utils import logging as hf_logging
 
 from sam_ds.clients.worker import Worker, WorkerGroup
 from sam_ds.config import RunConfig, flatten, load_config
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     _threads(config)
     _without_compiler()
+    hf_logging.disable_progress_bar()  # a bar for every reload of a few tensors hides the run's own
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     try:
         return _run(config, resume=resume)

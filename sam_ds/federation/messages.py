@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
             "round": task.round, "client": task.client, "tier": task.tier, "trains": task.trains,
             "held": [expert for layer in task.held for expert in layer],
             "held-per-layer": [len(layer) for layer in task.held],
+            "sent": [expert for layer in task.sent for expert in layer],
+            "sent-per-layer": [len(layer) for layer in task.sent],
         }
     )  # fmt: skip
     return RecordDict({"units": blob_record(blobs), "graph": blob_record(extra), "task": scalars})
@@ -66,14 +69,16 @@ def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
 def task_of(content: RecordDict) -> Task:
     """The inverse of `task_content`, on the client."""
     scalars: dict[str, Any] = dict(content["task"])
-    held, start = [], 0
-    for size in scalars["held-per-layer"]:
-        held.append(tuple(scalars["held"][start : start + size]))
-        start += size
+
+    def per_layer(name: str) -> tuple[tuple[int, ...], ...]:
+        flat = iter(scalars[name])
+        return tuple(tuple(islice(flat, size)) for size in scalars[f"{name}-per-layer"])
+
     extra = blobs_of(content["graph"])
     round_ = scalars["round"]
     return Task(
-        round=round_, client=scalars["client"], tier=scalars["tier"], trains=scalars["trains"], held=tuple(held),
+        round=round_, client=scalars["client"], tier=scalars["tier"], trains=scalars["trains"],
+        held=per_layer("held"), sent=per_layer("sent"),
         graph_LEE=decode(extra["graph"])[0],
         condition=decode(extra["condition"])[0] if "condition" in extra else None,
         units=decode_units(blobs_of(content["units"]), base_round=round_),

@@ -1,6 +1,7 @@
 """Who takes part in a round, which experts each holds, and with which probability: the only home of p.
 
-    p_{i,l,e} = pi_i h_{i,l,e}      pi_i: client i is drawn;  h_{i,l,e}: it then holds expert e of layer l
+    p_{i,l,e} = pi_i h_{i,l,e} u_{i,l}      pi_i: client i is drawn;  h_{i,l,e}: it then holds expert e of layer l
+                                             u_{i,l}: it sends a held expert (1 where it sends all it holds)
 
 Dividing by p (`aggregation.py`) removes the bias of partial participation exactly, but only for a p that
 was fixed before the draw and that the draw realises (Horvitz and Thompson, 1952). So both are drawn here,
@@ -13,6 +14,9 @@ the experts that are hit. As h_e <= 1, expert e is hit at most once, with probab
 hits is always the budget. The permutation lets experts meet that a fixed order would keep apart. With
 equal h and two free places or more every pair meets; with unequal h some pair may not, e.g. the first two
 of h = (.1, .1, .6, .6, .6): p of a pair is not used anywhere.
+
+Sending: a client whose tier sends fewer experts than it holds (the uplink is the narrow side) sends a simple
+random sample of them, so u = sent / held for each, roots included. What it trains does not depend on that draw.
 
 Everything is a function of integers: round r can be planned again alone.
 
@@ -33,7 +37,7 @@ from sam_ds.errors import InputError, nearest
 SCHEMES = ("without_replacement", "poisson")
 
 # numpy pads seeds with zeros, [s, r] and [s, r, 0] are one generator: a tag in front keeps the uses apart.
-_CLIENTS, _EXPERTS = 1, 2
+_CLIENTS, _EXPERTS, _SENT = 1, 2, 5
 # Lengths are whole grains, for cumulated floats could put two teeth, or none, into an expert with h = 1.
 _GRAIN = 1 << 50
 
@@ -60,7 +64,7 @@ class ClientPlan:
 
     `experts`: the expert ids it holds, ascending, for each layer; `h`: (L, E) float64, read-only, the
     probability with which it holds each of them given that it takes part; `pi`: the probability with which
-    it takes part.
+    it takes part; `sent`: the experts, of those it holds, whose update it sends.
     """
 
     client: int
@@ -68,10 +72,11 @@ class ClientPlan:
     experts: tuple[tuple[int, ...], ...]
     h: NDArray[np.float64]
     pi: float
+    sent: tuple[tuple[int, ...], ...]
 
     def probability(self, layer: int, expert: int) -> float:
-        """p of an expert of this client, whether it drew it or not; that of a shared parameter is `pi`."""
-        return self.pi * float(self.h[layer, expert])
+        """p that this client sends an expert, whether it drew it or not; that of a shared parameter is `pi`."""
+        return self.pi * float(self.h[layer, expert]) * len(self.sent[layer]) / len(self.experts[layer])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -96,6 +101,7 @@ def plan_round(
     scheme: str = "without_replacement",
     floor: float = 0.05,
     scores_NLE: NDArray[np.float64] | None = None,
+    sends: Mapping[str, int] | None = None,
 ) -> RoundPlan:
     """The plan of a round; the same arguments give the same plan, whatever was planned before.
 
@@ -109,6 +115,7 @@ def plan_round(
         scheme: one of `SCHEMES`.
         floor: the least h of an expert.
         scores_NLE: scores >= 0 of the experts, row i for population[i]; None makes h uniform.
+        sends: tier -> experts a client sends in each layer; a tier that is absent sends all it holds.
 
     Raises:
         InputError: a value out of range, a tier without a budget, or shapes that do not match.
@@ -134,13 +141,19 @@ def plan_round(
         member = population[row]
         budget_L = budgets[member.tier]
         h_LE = np.empty((layers, num_experts))
-        experts = []
+        experts, sent = [], []
         for layer in range(layers):
             h_LE[layer] = inclusion_probabilities(
                 scores_NLE[row, layer], budget=budget_L[layer], roots=roots, floor=floor
             )
             rng = np.random.default_rng([_EXPERTS, seed, round, member.client, layer])
-            experts.append(tuple(systematic_sample(h_LE[layer], rng).tolist()))
+            held = systematic_sample(h_LE[layer], rng)
+            experts.append(tuple(held.tolist()))
+            few = (sends or {}).get(member.tier, len(held))
+            if few < len(held):
+                rng = np.random.default_rng([_SENT, seed, round, member.client, layer])
+                held = np.sort(rng.choice(held, few, replace=False))
+            sent.append(tuple(held.tolist()))
         h_LE.setflags(write=False)
         plans.append(
             ClientPlan(
@@ -149,6 +162,7 @@ def plan_round(
                 experts=tuple(experts),
                 h=h_LE,
                 pi=float(pi_N[position]),
+                sent=tuple(sent),
             )
         )
     return RoundPlan(seed=seed, round=round, clients=tuple(plans))

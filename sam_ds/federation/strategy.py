@@ -135,7 +135,7 @@ class SamStrategy(Strategy):
             encoded.update({unit: blobs[unit_name(unit)] for unit in missing})
             task = Task(
                 round=server_round, client=client.client, tier=client.tier, trains=server.trains,
-                held=client.experts, graph_LEE=planned.graphs[client.client],
+                held=client.experts, sent=client.sent, graph_LEE=planned.graphs[client.client],
                 condition=planned.conditions.get(client.client), units=units,
             )  # fmt: skip
             content = task_content(task, {unit_name(unit): encoded[unit] for unit in units})
@@ -262,7 +262,7 @@ class SamStrategy(Strategy):
         """Check one reply and add it. Raises RejectedUpdate, and then nothing of it is added."""
         server = self.server
         content = reply_content(reply)
-        expected = {unit: value.shape for unit, value in server.units_for(client.experts).items()}
+        expected = {unit: value.shape for unit, value in server.units_for(client.sent).items()}
         deltas = decode_units(blobs_of(content["units"]), expected=expected, base_round=round_)
         counts = counters_of(content, client.experts, round_) if server.method.sparse else []
         aggregator.add(

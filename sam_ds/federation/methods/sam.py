@@ -48,6 +48,7 @@ def _plan(server: Server, round_: int) -> Planned:
         config.seed, round_, members, {name: [tier.experts] * layers for name, tier in config.tiers.items()},
         layers=layers, num_experts=num_experts, roots=config.sam.roots, per_round=section.clients_per_round,
         scheme=section.sampling, floor=section.floor, scores_NLE=scores_NLE,
+        sends={name: tier.sends for name, tier in config.tiers.items() if tier.sends},
     )  # fmt: skip
     return Planned(plan=plan, graphs=graphs, conditions=conditions)
 

@@ -133,14 +133,20 @@ def _put(written: Path, folder: Path) -> None:
             raise
 
 
+def base_config(recipe: BaseRecipe) -> LlamaConfig:
+    """The architecture, before there is a tokenizer."""
+    return LlamaConfig(
+        vocab_size=recipe.vocab_size, hidden_size=recipe.hidden_size, intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers, num_attention_heads=recipe.num_heads,
+        max_position_embeddings=recipe.context, tie_word_embeddings=True)
+
+
 def _pretrain(texts: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe,
               seed: int) -> LlamaForCausalLM:
     """AdamW, linear warm-up, cosine to zero; the seed decides the weights and the order of the rows."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden_size, intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers, num_attention_heads=recipe.num_heads,
-        max_position_embeddings=recipe.context, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = base_config(recipe)
+    config.update({"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+                   "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

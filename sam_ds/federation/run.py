@@ -27,8 +27,7 @@ def prepare(config: RunConfig) -> Path:
     Raises InputError before anything expensive starts; what is on disk is left alone.
     """
     run = Path(config.out)
-    if config.model != "embedded":
-        check_model(config)
+    check_model(config)
     if found := checkpoints(run / "checkpoints"):
         load_checkpoint(found[-1])
     corpus = corpus_of(config)
@@ -123,7 +122,7 @@ def bounds(server: Server) -> dict[str, Any] | None:
     Estimates: on a real run nothing proves the loss to be PL; None where the losses do not allow a fit.
     """
     losses, section = server.state.losses, server.config.federation
-    if server.state.gamma == 0.0 or (fit := fit_rate(losses)) is None:
+    if (fit := fit_rate(losses)) is None:
         return None
     # With the rate per round eta mu = fit.rate, eta is taken as 1 round and mu = rate; at step size 1 / Lip the noise
     # term is sigma2 / (2 mu), and the residuals of the fit estimate it directly: sigma2 = 2 mu * their variance.

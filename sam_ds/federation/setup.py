@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sam_ds.clients.tiers import ModelShape, check_tiers, dealt_tiers
 from sam_ds.config import RunConfig, to_toml
-from sam_ds.data.base_model import embedded_base_model
+from sam_ds.data.base_model import BaseRecipe, base_config, embedded_base_model
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
@@ -53,17 +53,15 @@ def check_model(config: RunConfig) -> None:
     Raises InputError: no such model, no known FFN, E does not divide its neurons, a tier's memory is too small.
     """
     try:
+        embedded = config.model == "embedded"
+        architecture = base_config(BaseRecipe()) if embedded else AutoConfig.from_pretrained(config.model)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+            model = AutoModelForCausalLM.from_config(architecture)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {config.model!r} is neither a folder with a causal language model nor a hub id that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
-    _check_shape(model, config)
-
-
-def _check_shape(model: PreTrainedModel, config: RunConfig) -> None:
     own = sam_config(config)
     for ffn in find_ffns(model):
         SamFFN(ffn, num_experts=own.num_experts, top_k=own.top_k, roots=own.roots, standin_rank=own.rank)
@@ -72,13 +70,15 @@ def _check_shape(model: PreTrainedModel, config: RunConfig) -> None:
 
 
 def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
-    """Convert the base model into `run/base`, unless that is done already; returns the folder."""
+    """Convert the base model into `run/base`, unless that is done already; returns the folder.
+
+    A folder without the run's configuration is what an interrupted start left behind: it is made anew.
+    """
     base = run / "base"
-    if is_converted(base):
+    if is_converted(base) and (run / "config.toml").is_file():
         return base
     if config.model == "embedded":
         source = str(embedded_base_model(corpus, seed=config.seed))
-        _check_shape(_load(source), config)
     else:
         source = config.model
     model = _load(source)

@@ -264,6 +264,8 @@ class SamStrategy(Strategy):
         content = reply_content(reply)
         expected = {unit: value.shape for unit, value in server.units_for(client.sent).items()}
         deltas = decode_units(blobs_of(content["units"]), expected=expected, base_round=round_)
+        if wide := [unit for unit, delta in deltas.items() if delta.dtype != np.float32]:
+            raise RejectedUpdate("wrong-shape", f"{unit_name(wide[0])} is {deltas[wide[0]].dtype}, not float32")
         counts = counters_of(content, client.experts, round_) if server.method.sparse else []
         aggregator.add(
             deltas, weight=float(server.state.examples[client.client]),

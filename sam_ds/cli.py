@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     perplexity.add_argument("--split", choices=("train", "valid", "test"), default="test")
     perplexity.add_argument("--dense", action="store_true", help="visit all experts: the merged model")
     perplexity.add_argument("--window", type=int, default=256, help="tokens the model sees at once")
-    perplexity.add_argument("--stride", type=int, default=128, help="new tokens a window scores")
+    perplexity.add_argument("--stride", type=int, default=256, help="new tokens a window scores")
     perplexity.add_argument("--batch", type=int, default=8, help="windows at once")
     perplexity.add_argument("--max-tokens", type=int, default=None, help="per domain; all of them by default")
     perplexity.add_argument("--json", action="store_true", help="print one JSON object")

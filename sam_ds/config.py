@@ -88,6 +88,7 @@ class TrainSection(Checked):
     batch: Count = 4  # sequences a step, over all ranks of the client
     sequence: Annotated[int, Interval(2)] = 128  # tokens
     lr: Positive = 1.5e-3
+    final_lr: Fraction = 0.3  # the last round's share of lr; it falls linearly over the rounds
     warmup_steps: Natural = 3
     weight_decay: NonNegative = 0.0
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone

@@ -40,26 +40,25 @@ def test_a_step_starts_from_what_was_written(new_worker, tiny, tmp_path, stage):
 
     def one_step():
         tier.load(task)
-        loss = tier.step(ids, 0)
+        loss = tier.step(ids, 1e-2)
         return loss, tier.read(task.held)
 
     loss, after = one_step()
-    tier.step(ids, 1)
+    tier.step(ids, 1e-2)
     write_parameters(tier.engine, {n: torch.randn(s) for n, s in tier._shapes.items() if n.endswith("wg")})
     again, repeated = one_step()
     assert again == loss
     assert all(torch.equal(after[unit], repeated[unit]) for unit in after)
     # Adam's first step is lr * sign(gradient) wherever there is one.
     moved = torch.cat([(after[u] - torch.from_numpy(task.units[u])).flatten() for u in after])
-    lr = server.config.train.lr / (server.config.train.warmup_steps + 1)
-    assert 0.99 * lr < moved.abs().max() < 1.01 * lr
+    assert 0.0099 < moved.abs().max() < 0.0101
 
 
 def test_reset_forgets_moments_and_steps(new_worker, tiny, tmp_path):
     tier = new_worker().engine("large", "full")
     task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, LARGE)
     tier.load(task)
-    tier.step(torch.arange(64).view(4, 16), 0)
+    tier.step(torch.arange(64).view(4, 16), 1e-2)
     inner = tier.engine.optimizer.optimizer
     tensors = [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     assert any(v.any() for v in tensors)

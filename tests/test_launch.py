@@ -188,3 +188,16 @@ def test_resume_in_either_form(refused, tiny):
     (refused.out / "config.toml").write_text(to_toml(tiny.config(refused.out)))
     for args in (["--resume", str(refused.out)], [f"--resume={refused.out}"]):
         assert "checkpoint" in (line := refused(args=args)) and "cannot be read" in line
+
+
+def test_without_a_compiler_the_shared_memory_op_is_left_out(monkeypatch):
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+
+    from sam_ds.federation import launch
+
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    launch._without_compiler()
+    assert build_shm_op() is None

@@ -67,7 +67,7 @@ def test_answer_has_the_units_of_the_task_and_no_other(kind):
             assert delta.shape == task.units[unit].shape and delta.dtype == np.float32
             if isinstance(unit, ExpertUnit):
                 assert unit.expert in task.held[unit.layer]
-        assert result.examples == len(worker.clients[client].texts) == worker.register(
+        assert result.examples == len(worker.rows(client)) == worker.register(
             client, task.tier, task.trains)[0]  # fmt: skip
         assert result.tokens == 2 * 4 * 16
 
@@ -119,7 +119,7 @@ def test_registration(kind):
     worker, server = kind
     for client in (SMALL, LARGE):
         examples, scores, rates = worker.register(client, server.tiers[client], server.trains)
-        assert examples == len(worker.clients[client].texts)
+        assert examples == len(worker.rows(client))
         assert scores.shape == rates.shape == (2, 8)
         assert scores.dtype == rates.dtype == np.float32 and np.isfinite(scores).all()
         assert (rates >= 0).all() and (rates <= 1).all() and (rates[:, :2] == 1).all()
@@ -144,3 +144,13 @@ def test_dense_methods_use_one_engine_whichever_client_comes_first(tiny, one_ran
     assert worker.engine("small", "all") is worker.engine("large", "all")
     assert worker.engine("small", "all").engine.zero_optimization_stage() == 2
     worker.close()
+
+
+def test_learning_rate_rises_falls_and_decays_over_the_rounds():
+    from sam_ds.clients.worker import learning_rate
+    from sam_ds.config import load_config
+
+    config = load_config(None, ["train.lr=1.0", "train.steps=8", "train.warmup_steps=1", "train.final_lr=0.5",
+                                "federation.rounds=5"])  # fmt: skip
+    assert [learning_rate(config, 1, step) for step in range(8)] == [0.5, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert [learning_rate(config, round_, 1) / 0.875 for round_ in range(1, 7)] == [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]

@@ -169,7 +169,8 @@ class Worker:
             len(rows), settings.batch, settings.steps, (self.config.seed, task.round, task.client)
         )  # fmt: skip
         losses = [
-            engine.step(torch.from_numpy(rows[picked]), step) for step, picked in enumerate(order)
+            engine.step(torch.from_numpy(rows[picked]), learning_rate(self.config, task.round, step))
+            for step, picked in enumerate(order)
         ]
         after = engine.read(task.held)
         sent = [set(experts) for experts in task.sent]
@@ -249,13 +250,10 @@ class TierEngine:
         self.engine.train()
         return units
 
-    def step(self, ids_BS: Tensor, step: int) -> float:
+    def step(self, ids_BS: Tensor, lr: float) -> float:
         """One optimizer step on this rank's share of the batch; the loss in nats a token."""
-        settings = self.config.train
         share = ids_BS.chunk(len(self.group.ranks))[self.group.position].to(self.engine.device)
-        # Up, since a cold AdamW's first steps are sign-sized; then down to zero, so that what is averaged has settled.
-        warm = (step + 1) / (settings.warmup_steps + 1)
-        set_learning_rate(self.engine, settings.lr * min(1.0, warm, (settings.steps - step) / settings.steps))
+        set_learning_rate(self.engine, lr)
         loss = self.engine(input_ids=share, labels=share, use_cache=False).loss
         self.engine.backward(loss)
         self.engine.step()
@@ -327,6 +325,15 @@ class TierEngine:
     def close(self) -> None:
         """Free the engine's hooks and buffers."""
         self.engine.destroy()
+
+
+def learning_rate(config: RunConfig, round_: int, step: int) -> float:
+    """Of one local step. Within a round up, since a cold AdamW's first steps are sign-sized, then down to zero, so
+    that what is averaged has settled; over the rounds linearly down to `final_lr` of the start."""
+    settings, rounds = config.train, config.federation.rounds
+    within = min(1.0, (step + 1) / (settings.warmup_steps + 1), (settings.steps - step) / settings.steps)
+    progress = (round_ - 1) / max(1, rounds - 1)
+    return settings.lr * within * (1.0 - (1.0 - settings.final_lr) * min(1.0, progress))
 
 
 def _no_counts(slots: int) -> Counters:

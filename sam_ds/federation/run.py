@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
 from sam_ds.config import RunConfig
+from sam_ds.data.batches import pack
 from sam_ds.evaluation.report import summary_table, write_report
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.metrics import MetricsLog, read_records
@@ -89,7 +90,8 @@ def _run_record(server: Server, clients: list[Any], before: dict[str, Any]) -> d
             "roots": config.sam.roots,
         },
         "clients": [
-            {"client": c.client, "domain": c.domain, "tier": tier, "examples": c.examples}
+            {"client": c.client, "domain": c.domain, "tier": tier,
+             "examples": len(pack(c.texts, server.tokenizer, config.train.sequence))}
             for c, tier in zip(clients, server.tiers, strict=True)
         ],
         "tiers": [

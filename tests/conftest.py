@@ -90,7 +90,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A process group of one gloo rank, as a worker group."""
     import torch.distributed as dist
 
-    from sam_ds.clients.worker import WorkerGroup
+    from sam_ds.clients.task import WorkerGroup
 
     os.environ.setdefault("LOCAL_RANK", "0")
     store = tmp_path_factory.mktemp("store") / "store"

@@ -22,7 +22,8 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from sam_ds.clients.worker import Task, Worker
+from sam_ds.clients.task import Task
+from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, load_config
 from sam_ds.federation import apps
 from sam_ds.federation.grid import identify

@@ -79,7 +79,8 @@ def train_on_two_ranks(rank: int, tiny: Tiny, tiers: dict[str, str], folder: Pat
     """Runs in a process of its own: the same task in every stage, then another client, then the task again."""
     import torch.distributed as dist
 
-    from sam_ds.clients.worker import Worker, WorkerGroup
+    from sam_ds.clients.task import WorkerGroup
+    from sam_ds.clients.worker import Worker
     from sam_ds.federation.setup import clients_of, corpus_of
 
     os.environ["LOCAL_RANK"] = str(rank)

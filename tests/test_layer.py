@@ -111,11 +111,11 @@ def test_the_gate_never_bends_what_the_experts_see(pair):
 
 
 def test_counting_is_asked_for_and_adds_up(pair):
-    from sam_ds.clients.worker import _no_counts
+    from sam_ds.clients.tier_engine import no_counts
 
     _, model = pair
     layer = model.sam_layers[0].train()
-    layer.counters = _no_counts(8)
+    layer.counters = no_counts(8)
     x_Td = torch.randn(11, 32)
     layer(x_Td)
     layer(x_Td)

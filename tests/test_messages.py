@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, Message
 from flwr.common.serde import message_to_proto
 from in_process import Federation, over_the_wire, task_for
 
-from sam_ds.clients.worker import Result
+from sam_ds.clients.task import Result
 from sam_ds.federation.grid import identify
 from sam_ds.federation.messages import (
     blob_record,

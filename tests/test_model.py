@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from sam_ds.clients.worker import _no_counts
+from sam_ds.clients.tier_engine import no_counts
 from sam_ds.errors import InputError
 from sam_ds.experts.model import SamConfig, add_assembler, from_pretrained, get_sam_model
 from sam_ds.experts.surgery import find_ffns
@@ -361,7 +361,7 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_counts(model):
     def step():
         model.zero_grad()
         for layer in model.sam_layers:
-            layer.counters = _no_counts(8)
+            layer.counters = no_counts(8)
         model.train()
         # the same dropout masks in both passes (GPT-2)
         torch.manual_seed(0)

@@ -17,7 +17,8 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from sam_ds.clients.worker import Worker, WorkerGroup
+from sam_ds.clients.task import WorkerGroup
+from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, from_flat
 from sam_ds.federation.messages import blob_record, result_content, task_of
 from sam_ds.federation.run import run_server

@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from sam_ds.clients.worker import WorkerGroup
+from sam_ds.clients.task import WorkerGroup
 
 _CHUNK = 4 << 20
 """Bytes a store entry: the store refuses payloads over 8 MiB."""

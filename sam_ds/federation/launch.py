@@ -24,7 +24,8 @@ from flwr.app import Context, RecordDict
 from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
-from sam_ds.clients.worker import Worker, WorkerGroup
+from sam_ds.clients.task import WorkerGroup
+from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, flatten, load_config
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app, server_app, set_worker

@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.serde import message_to_proto
 from numpy.typing import NDArray
 
-from sam_ds.clients.worker import Result, Task
+from sam_ds.clients.task import Result, Task
 from sam_ds.wire.codec import CodecError, decode, encode
 from sam_ds.wire.payload import STYPE, ByteCount, RejectedUpdate, decode_units
 

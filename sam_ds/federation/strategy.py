@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from tqdm.auto import tqdm
 
-from sam_ds.clients.worker import Task
+from sam_ds.clients.task import Task
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer
 from sam_ds.federation.messages import blobs_of, count_bytes, counters_of, reply_content, task_content

@@ -112,10 +112,8 @@ def test_nothing_is_left_in_the_spool(good):
 
 
 def test_training_lowers_the_loss(federate):
-    run = federate(
-        "federation.rounds=3", "federation.clients_per_round=6", "train.lr=0.03", "train.final_lr=1.0"
-    )  # fmt: skip
-    rounds = run.records("round")
+    overrides = ("federation.rounds=3", "federation.clients_per_round=6", "train.lr=0.01", "train.final_lr=1.0")
+    rounds = federate(*overrides, worker=overrides).records("round")
     assert rounds[-1]["merged"]["headline"] < 0.9 * rounds[0]["merged"]["headline"]
 
 

@@ -84,11 +84,11 @@ class TrainSection(Checked):
     """One client's local training in one round."""
 
     prefix: ClassVar[str] = "train."
-    steps: Count = 24
+    steps: Count = 16
     batch: Count = 4  # sequences a step, over all ranks of the client
     sequence: Annotated[int, Interval(2)] = 128  # tokens
-    lr: Positive = 1.5e-3
-    final_lr: Fraction = 0.3  # the last round's share of lr; it falls linearly over the rounds
+    lr: Positive = 2e-3
+    final_lr: Fraction = 1.0  # the last round's share of lr; it falls linearly over the rounds
     warmup_steps: Natural = 3
     weight_decay: NonNegative = 0.0
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone

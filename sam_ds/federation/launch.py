@@ -100,13 +100,13 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     corpus = corpus_of(config)
     worker = Worker(config, Path(config.out) / "base", clients_of(config, corpus), group)
     set_worker(worker)
+    identify(rank)
     failures: list[BaseException] = []
     thread = None
     if rank == 0:
         assert server_store is not None
         grid = DeepSpeedGrid(Mailbox(server_store), config.federation.clients, len(groups))
         thread = threading.Thread(target=_serve_app, args=(grid, config, failures), name="server-app")
-        identify(0)
         thread.start()
 
     def context(node: int) -> Context:
@@ -115,7 +115,6 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         }  # fmt: skip
         return Context(run_id=1, node_id=node, node_config=facts, state=RecordDict(), run_config=flatten(config))
 
-    identify(0 if rank == 0 else rank)
     serve(Mailbox(store), client_app, group, context)
     worker.close()
     if thread is not None:

@@ -94,7 +94,8 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
         )
         for layer, held in zip(layers, client.experts, strict=True)
     )  # fmt: skip
-    return tokens * training_flops(other_parameters=server.other_parameters(), ffn=ffn, frozen=server.trains != "all")
+    frozen = server.trains.startswith("lora")
+    return tokens * training_flops(other_parameters=server.other_parameters(), ffn=ffn, frozen=frozen)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

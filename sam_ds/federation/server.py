@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,13 @@ class Server:
         began = time.perf_counter()
         before = self.model.graph()
         self.model.set_graph(torch.from_numpy(graph))
-        ids = self._validation_rows()
+        ids = self._validation_rows
         loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
         self.model.set_graph(before)
         self.evaluation_seconds += time.perf_counter() - began
         return loss
 
+    @cached_property
     def _validation_rows(self) -> torch.Tensor:
         return torch.from_numpy(public_rows(self.config, self.corpus, self.tokenizer, _VALIDATION_ROWS, last=True))
 

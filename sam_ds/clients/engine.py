@@ -10,10 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
+
+# On a CPU DeepSpeed compiles this op when a process group starts, for tensor-parallel inference, which nothing here
+# does. Left out, no compiler is needed; no killed compile leaves the lock on which all later ones wait for ever; and
+# no 66 MiB a rank stay behind in /dev/shm.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

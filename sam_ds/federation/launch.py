@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import threading
 import traceback
@@ -21,7 +20,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from flwr.app import Context, RecordDict
-from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
 from sam_ds.clients.task import WorkerGroup
@@ -42,7 +40,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"run_federation: {error}", file=sys.stderr)
         return 2
     _threads(config)
-    _without_compiler()
     hf_logging.disable_progress_bar()  # a bar for every reload of a few tensors hides the run's own
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     try:
@@ -152,11 +149,3 @@ def _share(outcome: list[str | None]) -> None:
 def _threads(config: RunConfig) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // local))
-
-
-def _without_compiler() -> None:
-    """DeepSpeed builds its shared-memory op with the C++ compiler; without one, use gloo alone."""
-    if torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "c++")):
-        return
-    tqdm.write("no C++ compiler: DeepSpeed's shared-memory collectives are left out")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,7 +14,6 @@ import torch
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from sam_ds.experts.surgery import matrix
 from sam_ds.graph.dag import random_graph
 from sam_ds.graph.route import gate_values, route
 
@@ -118,7 +118,7 @@ def moe_output(layer, x_Td):
         down_md = down_md + scale * layer.lora.down_rows @ layer.lora.down_out
         if gate_dm is not None:
             gate_dm = gate_dm + scale * layer.lora.gate_in @ layer.lora.gate_rows.t()
-    up, gate, down = layer.ffn_names
+    up_b, gate_b, down_b = layer.ffn.biases()
     rows = []
     for t, x_d in enumerate(x_Td):
         y_d = parts.mean_all_d + parts.out_all_qd.t() @ (parts.basis_dq.t() @ x_d)
@@ -129,42 +129,76 @@ def moe_output(layer, x_Td):
         for expert, weight in weights.items():
             own = slice(expert * layer.neurons, (expert + 1) * layer.neurons)
             hidden_n = x_d @ up_dm[:, own]
-            if layer.get_submodule(up).bias is not None:
-                hidden_n = hidden_n + layer.get_submodule(up).bias[own]
+            if up_b is not None:
+                hidden_n = hidden_n + up_b[own]
             if gate_dm is None:
                 hidden_n = layer.activation(hidden_n)
             else:
-                hidden_n = layer.activation(x_d @ gate_dm[:, own]) * hidden_n
+                gate_n = x_d @ gate_dm[:, own] if gate_b is None else x_d @ gate_dm[:, own] + gate_b[own]
+                hidden_n = layer.activation(gate_n) * hidden_n
             standin_d = parts.mean_Sd[expert] + parts.out_Sqd[expert].t() @ (parts.basis_dq.t() @ x_d)
             y_d = y_d + weight * (hidden_n @ down_md[own] - standin_d)
-        if layer.get_submodule(down).bias is not None:
-            y_d = y_d + layer.get_submodule(down).bias
+        if down_b is not None:
+            y_d = y_d + down_b
         rows.append(y_d)
     return torch.stack(rows)
 
 
+@contextmanager
+def masked_dense(layers, places):
+    """Inside the block the dense model at `places`, pairs (module called with the FFN's input, down-projection), sets
+    the neurons of the experts that `layers` would not visit to zero and adds those experts' stand-ins."""
+    handles = []
+    for layer, (entry, down) in zip(layers, places, strict=True):
+        parts, seen = layer.sam, {}
+
+        def reach(_, args, layer=layer, parts=parts, seen=seen):
+            x_Td = args[0].reshape(-1, args[0].shape[-1])
+            left_TS = torch.ones(x_Td.shape[0], layer.slots, dtype=torch.bool)
+            for t, scores_S in enumerate((x_Td @ parts.wg.t()).numpy()):
+                left_TS[t, walk(scores_S, parts.adjacency_SS.numpy(), layer.roots, layer.top_k).visited] = False
+            seen["left_TS"] = left_TS
+            standins_TSd = parts.mean_Sd + torch.einsum("td,dq,sqo->tso", x_Td, parts.basis_dq, parts.out_Sqd)
+            seen["standins_Td"] = (standins_TSd * left_TS[:, :, None]).sum(1)
+
+        def mask(_, args, layer=layer, seen=seen):
+            hidden_TSn = args[0].reshape(-1, layer.slots, layer.neurons)
+            return ((hidden_TSn * ~seen["left_TS"][:, :, None]).reshape(args[0].shape),)
+
+        def add(_, args, y, seen=seen):
+            return y + seen["standins_Td"].view(y.shape)
+
+        handles += [entry.register_forward_pre_hook(reach), down.register_forward_pre_hook(mask)]
+        handles.append(down.register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def neurons(ffn):
     """The multiset of an FFN's neurons: what each reads, its biases, what it writes."""
-    up, down = ffn.module.get_submodule(ffn.up), ffn.module.get_submodule(ffn.down)
-    columns = [matrix(up).t(), matrix(down)]
-    if ffn.gate is not None:
-        columns.append(matrix(ffn.module.get_submodule(ffn.gate)).t())
-    if up.bias is not None:
-        columns.append(up.bias[:, None])
+    up_dm, gate_dm, down_md = ffn.weights()
+    columns = [up_dm.t(), down_md]
+    if gate_dm is not None:
+        columns.append(gate_dm.t())
+    columns += [bias_m[:, None] for bias_m in ffn.biases()[:2] if bias_m is not None]
     return sorted(map(tuple, torch.cat(columns, dim=1).tolist()))
 
 
 def expert_output(layer, expert, x_Td):
     """f_e(x) of one expert, by its slot; the bias of the down-projection is nobody's."""
-    up, gate, down = (name and layer.get_submodule(name) for name in layer.ffn_names)
+    (up_dm, gate_dm, down_md), (up_b, gate_b, _) = layer.matrices(), layer.ffn.biases()
     own = slice(expert * layer.neurons, (expert + 1) * layer.neurons)
 
-    def project(linear):
-        y_Tn = x_Td @ matrix(linear)[:, own]
-        return y_Tn if linear.bias is None else y_Tn + linear.bias[own]
+    def project(matrix_dm, bias_m):
+        y_Tn = x_Td @ matrix_dm[:, own]
+        return y_Tn if bias_m is None else y_Tn + bias_m[own]
 
-    hidden_Tn = layer.activation(project(up)) if gate is None else layer.activation(project(gate)) * project(up)
-    return hidden_Tn @ matrix(down)[own]
+    up_Tn = project(up_dm, up_b)
+    hidden_Tn = layer.activation(up_Tn) if gate_dm is None else layer.activation(project(gate_dm, gate_b)) * up_Tn
+    return hidden_Tn @ down_md[own]
 
 
 def standin_output(parts, expert, x_Td):

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from sam_ds.discovery.features import activation_features, order_by_usage, output_features, weight_features
 from sam_ds.discovery.kmeans import balanced_kmeans, permutation
 from sam_ds.errors import InputError
-from sam_ds.experts.layer import SamFFN, as_ffn
+from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.standins import fit_standins, ridge
-from sam_ds.experts.surgery import FFN, matrix, permute_neurons
+from sam_ds.experts.surgery import FFN
 from sam_ds.graph.dag import initial_graph
 from sam_ds.graph.route import route
 
@@ -61,16 +61,12 @@ def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], lim
 
 
 @torch.no_grad()
-def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, features: str, seed: int) -> None:
-    """Cluster the FFN's neurons into experts and put them in place, most used expert first."""
-    up = ffn.module.get_submodule(ffn.up)
-    inner = up if ffn.gate is None else ffn.module.get_submodule(ffn.gate)
-    down_md = matrix(ffn.module.get_submodule(ffn.down))
+def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, features: str, seed: int) -> Tensor:
+    """Cluster the FFN's neurons into experts; returns the order (m,) that puts them in place, most used first."""
+    up_dm, gate_dm, down_md = ffn.weights()
     hidden_Tm = hidden_of(ffn, x_Td)
-    if not torch.isfinite(hidden_Tm).all():
-        raise InputError(f"{ffn.path}: activations on the calibration text are not finite; check the checkpoint")
     if features == "weights":
-        points = weight_features(matrix(inner).t().float())
+        points = weight_features((up_dm if gate_dm is None else gate_dm).t().float())
     elif features == "activations":
         points = activation_features(hidden_Tm, top=max(1, ffn.neurons // 100))
     else:
@@ -78,17 +74,22 @@ def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, features: str, seed: i
     labels_m = balanced_kmeans(points, num_experts, seed=seed).labels_m
     energy_m = hidden_Tm.square().mean(0) * down_md.float().square().sum(1)
     usage_E = energy_m.new_zeros(num_experts).index_add_(0, labels_m, energy_m)
-    permute_neurons(ffn, permutation(order_by_usage(labels_m, usage_E)))
+    return permutation(order_by_usage(labels_m, usage_E))
 
 
 def hidden_of(ffn: FFN, x_Td: Tensor) -> Tensor:
-    """(T, m) what the FFN's neurons put out, fp32."""
-    dtype = matrix(ffn.module.get_submodule(ffn.up)).dtype
-    x_Td = x_Td.to(dtype)
-    up_Tm = ffn.module.get_submodule(ffn.up)(x_Td)
-    if ffn.gate is None:
-        return ffn.activation(up_Tm).float()
-    return (ffn.activation(ffn.module.get_submodule(ffn.gate)(x_Td)) * up_Tm).float()
+    """(T, m) what the FFN's neurons put out, fp32. Raises InputError where that is not finite."""
+    up_dm, gate_dm, _ = ffn.weights()
+    up_b, gate_b, _ = ffn.biases()
+    x_Td = x_Td.to(up_dm.dtype)
+    up_Tm = F.linear(x_Td, up_dm.t(), up_b)
+    if gate_dm is None:
+        hidden_Tm = ffn.activation(up_Tm).float()
+    else:
+        hidden_Tm = (ffn.activation(F.linear(x_Td, gate_dm.t(), gate_b)) * up_Tm).float()
+    if not torch.isfinite(hidden_Tm).all():
+        raise InputError(f"{ffn.path}: activations on the calibration text are not finite; check the checkpoint")
+    return hidden_Tm
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, rank: int, den
     Gate: ridge regression from x to ||f_e(x) - mu_e||, the output lost if e is not visited.
     """
     num_experts, hidden = layer.slots, x_Td.shape[1]
-    ffn = as_ffn(layer)
+    ffn = layer.ffn
     down_End = layer.slots_out(layer.matrices()[2]).float()
     center_m = torch.zeros_like(down_End[..., 0]).flatten()
     if standin != "none":

@@ -15,6 +15,9 @@ m = S n, d hidden, q stand-in rank, R LoRA rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 from sam_ds.errors import InputError
 from sam_ds.experts.grouped import grouped_matmul
 from sam_ds.experts.lora import LoraSlices
-from sam_ds.experts.surgery import FFN, matrix
+from sam_ds.experts.surgery import FFN
 from sam_ds.graph.route import Counters, count, gate_values, route, straight_through
 
 
@@ -45,7 +48,9 @@ class SamParts(nn.Module):
 
 class SamFFN(nn.Module):
     """Takes the place of an FFN module and keeps its children under their own names, so that a checkpoint of the
-    model is still a checkpoint of the original architecture plus the `sam.*` and `lora.*` entries."""
+    model is still a checkpoint of the original architecture plus the `sam.*` and `lora.*` entries.
+
+    An inline FFN has no module: there the layer takes the activation's place, and the weights stay where they are."""
 
     def __init__(self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, standin_rank: int) -> None:
         super().__init__()
@@ -55,11 +60,13 @@ class SamFFN(nn.Module):
                 f"num_experts={num_experts} does not divide the {ffn.neurons} neurons of {ffn.path}; "
                 f"these do: {', '.join(map(str, divisors))}"
             )
-        for name, child in ffn.module.named_children():
-            self.add_module(name, child)
+        if ffn.inline is None:
+            for name, child in ffn.module.named_children():
+                self.add_module(name, child)
+        self.ffn = ffn if ffn.inline is not None else replace(ffn, module=self)
+        """The FFN as it is now: its module is this layer, or the decoder layer that holds the weights."""
         self.ffn_names = (ffn.up, ffn.gate, ffn.down)
-        self.activation = ffn.activation
-        self.dropout_name = ffn.dropout
+        self.dropout = ffn.dropout
         self.num_experts = num_experts
         self.slots = num_experts
         self.held = torch.arange(num_experts)
@@ -76,12 +83,12 @@ class SamFFN(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Views up (d, m), gate (d, m) or None, down (m, d)."""
-        up, gate, down = self.ffn_names
-        return (
-            matrix(self.get_submodule(up)),
-            None if gate is None else matrix(self.get_submodule(gate)),
-            matrix(self.get_submodule(down)),
-        )
+        return self.ffn.weights()
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The FFN's own, elementwise."""
+        return self.ffn.activation
 
     def slots_in(self, matrix_dm: Tensor) -> Tensor:
         """(S, d, n) view of an input-side matrix: the columns of each expert."""
@@ -91,19 +98,20 @@ class SamFFN(nn.Module):
         """(S, n, d) view of an output-side matrix: the rows of each expert."""
         return matrix_md.unflatten(0, (self.slots, self.neurons))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., d) -> (..., d). The FFNs that are given the residual (Bloom's) return the sum."""
         x_Td = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.top_k >= self.slots:
             y_Td = self._dense(x_Td, self.slots) + self._absent(x_Td)
         else:
             y_Td = self._routed(x_Td)
-        bias = self.get_submodule(self.ffn_names[2]).bias
+        bias = self.ffn.biases()[2]
         if bias is not None:
             y_Td = y_Td + bias
-        if self.dropout_name is not None:
-            y_Td = self.get_submodule(self.dropout_name)(y_Td)
-        return y_Td.view(hidden_states.shape)
+        if self.dropout is not None:
+            y_Td = self.dropout(y_Td)
+        y = y_Td.view(hidden_states.shape)
+        return y if residual is None else residual + y
 
     def scores(self, x_Td: Tensor) -> Tensor:
         """(T, S) gate scores, fp32. The input is detached: the gate must not bend what the experts see."""
@@ -136,7 +144,7 @@ class SamFFN(nn.Module):
         """(T, d): the first `slots` experts, visited by every token. Bias of the down-projection not included."""
         m = slots * self.neurons
         up_dm, gate_dm, down_md = self.matrices()
-        up_b, gate_b = self._biases()
+        up_b, gate_b, _ = self.ffn.biases()
         up_Tm = x_Td @ up_dm[:, :m] if up_b is None else torch.addmm(up_b[:m], x_Td, up_dm[:, :m])
         if self.lora is not None:
             up_Tm = up_Tm + self.lora.scale * (x_Td @ self.lora.up_in) @ self.lora.up_rows[:m].t()
@@ -155,7 +163,7 @@ class SamFFN(nn.Module):
     def _experts(self, x_Pd: Tensor, slot_P: Tensor, ends_S: Tensor) -> Tensor:
         """(P, d): each row through the expert of its slot."""
         up_dm, gate_dm, down_md = self.matrices()
-        up_b, gate_b = self._biases()
+        up_b, gate_b, _ = self.ffn.biases()
         lora = self.lora
 
         def project(matrix_dm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -179,10 +187,6 @@ class SamFFN(nn.Module):
             y_Pd = y_Pd + lora.scale * grouped_matmul(hidden_Pn, rows_SnR, ends_S) @ lora.down_out
         return y_Pd
 
-    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
-        up, gate, _ = self.ffn_names
-        return self.get_submodule(up).bias, None if gate is None else self.get_submodule(gate).bias
-
     def _standins(self, x_Td: Tensor, token_P: Tensor, slot_P: Tensor, ends_S: Tensor) -> Tensor:
         """(P, d): the stand-in of each row's own expert, to be taken back where the expert is visited."""
         mean_Pd = self.sam.mean_Sd.index_select(0, slot_P)
@@ -197,11 +201,3 @@ class SamFFN(nn.Module):
             return 0.0
         mean_d = self.sam.mean_all_d - self.sam.mean_Sd.sum(0)
         return mean_d + (x_Td @ self.sam.basis_dq) @ (self.sam.out_all_qd - self.sam.out_Sqd.sum(0))
-
-
-def as_ffn(layer: SamFFN) -> FFN:
-    """The layer's own linear maps, seen as the FFN they were."""
-    up, gate, down = layer.ffn_names
-    return FFN(
-        path="", module=layer, up=up, gate=gate, down=down, activation=layer.activation, dropout=layer.dropout_name
-    )  # fmt: skip

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sam_ds.errors import InputError, nearest
 from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.surgery import FFN, find_ffns
+from sam_ds.experts.surgery import FFN, find_ffns, install, permute_neurons, uninstall
 from sam_ds.graph.assembler import Assembler, AssemblerConfig
 from sam_ds.graph.dag import check_graph, contract
 
@@ -171,10 +171,8 @@ class SamMixin:
         """The plain model of the original class: everything learned folded in, everything of SAM's removed."""
         self.fold_lora()
         assert isinstance(self, PreTrainedModel)
-        for layer, (path, ffn) in zip(self.sam_layers, self._sam_original.items(), strict=True):
-            for name, _ in ffn.named_children():
-                setattr(ffn, name, layer.get_submodule(name))
-            _replace(self, path, ffn)
+        for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
+            uninstall(self, site, original, layer.ffn)
         for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_condition", "_sam_original"):
             delattr(self, name)
         del self.sam_assembler
@@ -209,8 +207,8 @@ def get_sam_model(
     The model computes what it did where all experts are visited (`with model.active(config.num_experts)`).
 
     Raises InputError: no known FFN, already converted, E does not divide the neurons (naming the divisors), stand-ins
-    of a rank above the hidden size, too few calibration tokens, a token id outside the vocabulary; before anything is
-    changed.
+    of a rank above the hidden size, too few calibration tokens, a token id outside the vocabulary, activations that
+    are not finite (naming the layer). Whatever goes wrong, the model is left as it was.
     """
     if isinstance(model, SamMixin):
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
@@ -233,21 +231,35 @@ def get_sam_model(
                          "is it the model's own tokenizer?")  # fmt: skip
     training = model.training
     model.eval()
-    for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
-        x_Td = layer_inputs(model, ffn.module, batches, DISCOVERY_TOKENS)
-        discover(ffn, x_Td, num_experts=config.num_experts, features=config.features, seed=config.seed + index)
-    _install(model, config, ffns, layers)
-    affinity = []
-    for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
-        x_Td = layer_inputs(model, layer, batches)
-        affinity.append(
-            calibrate_layer(
-                layer, x_Td, standin=config.standin, rank=config.rank, density=config.density,
-                seed=config.seed + index,
+    try:
+        # All are found before the first is put in place: what is refused here leaves every weight where it was.
+        orders = []
+        for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
+            x_Td = layer_inputs(model, ffn.entry, batches, DISCOVERY_TOKENS)
+            orders.append(
+                discover(ffn, x_Td, num_experts=config.num_experts, features=config.features, seed=config.seed + index)
             )
-        )  # fmt: skip
-    model.sam_affinity_LEE = torch.stack(affinity)
-    model.train(training)
+        for ffn, order_m in zip(ffns, orders, strict=True):
+            permute_neurons(ffn, order_m)
+        _install(model, config, ffns, layers)
+        try:
+            affinity = []
+            for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
+                x_Td = layer_inputs(model, layer, batches)
+                affinity.append(
+                    calibrate_layer(
+                        layer, x_Td, standin=config.standin, rank=config.rank, density=config.density,
+                        seed=config.seed + index,
+                    )
+                )  # fmt: skip
+        except BaseException:
+            model.merge_and_unload()
+            for ffn, order_m in zip(ffns, orders, strict=True):
+                permute_neurons(ffn, order_m.argsort())
+            raise
+        model.sam_affinity_LEE = torch.stack(affinity)
+    finally:
+        model.train(training)
     return model
 
 
@@ -295,9 +307,10 @@ def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
 
 
 def _install(model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers: list[SamFFN]) -> None:
+    original = {}
     for ffn, layer in zip(ffns, layers, strict=True):
         layer.train(ffn.module.training)
-        _replace(model, ffn.path, layer)
+        original[ffn.site] = install(model, ffn, layer)
     cls = type(model)
 
     # The same signature: generate() and Trainer read from it which arguments the model takes.
@@ -311,15 +324,10 @@ def _install(model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers:
     model.sam_config = config
     # Plain attributes: the modules are registered where they sit, once.
     object.__setattr__(model, "sam_layers", layers)
-    object.__setattr__(model, "_sam_original", {ffn.path: ffn.module for ffn in ffns})
+    object.__setattr__(model, "_sam_original", original)
     model.sam_assembler = None
     model.sam_condition = None
     model.sam_affinity_LEE = torch.ones(len(layers), config.num_experts, config.num_experts)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def add_assembler(model: PreTrainedModel, *, seed: int) -> None:

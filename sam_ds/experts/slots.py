@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sam_ds.experts.layer import SamFFN, as_ffn
+from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.surgery import shrink
 from sam_ds.experts.units import Field
@@ -27,7 +27,7 @@ def to_slots(model: PreTrainedModel, slots: int, top_k: int) -> None:
     assert isinstance(model, SamMixin)
     for layer in model.sam_layers:
         if slots < layer.num_experts:
-            shrink(as_ffn(layer), slots * layer.neurons)
+            shrink(layer.ffn, slots * layer.neurons)
             parts = layer.sam
             parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
             for name in ("mean_Sd", "out_Sqd"):
@@ -81,10 +81,13 @@ class Checkpoint:
             return file.get_tensor(parameter)
 
     def read_experts(self, field: Field, experts: Sequence[int], target: Tensor) -> None:
-        """Copy the field's slices of `experts` into the slots of `target`, in order."""
+        """Copy the field's slices of `experts` into the slots of `target`, which has as many, in order."""
         with safe_open(self.folder / self._files[field.parameter], "pt") as file:
             stored = file.get_slice(field.parameter)
             for slot, expert in enumerate(experts):
-                rows = slice(expert * field.width, (expert + 1) * field.width)
-                part = stored[rows] if field.dim == 0 else stored[:, rows]
-                target.narrow(field.dim, slot * field.width, field.width).copy_(part)
+                for block in range(field.blocks):
+                    start = (block * field.num_experts + expert) * field.width
+                    rows = slice(start, start + field.width)
+                    part = stored[rows] if field.dim == 0 else stored[:, rows]
+                    place = (block * len(experts) + slot) * field.width
+                    target.narrow(field.dim, place, field.width).copy_(part)

@@ -1,8 +1,13 @@
 """Finding the feed-forward networks of a Hugging Face causal LM: the one place that knows module names.
 
-An FFN is a module with an up-projection (d -> m), optionally a gate projection of the same shape, and a down
-projection (m -> d), each a `torch.nn.Linear` or GPT-2's transposed `Conv1D`. Every weight is handed out in one
-orientation, whatever the module stores:
+An FFN is an up-projection (d -> m), optionally a gate projection of the same shape, an activation, and a down
+projection (m -> d), each map a `torch.nn.Linear` or GPT-2's transposed `Conv1D`. It is found by these shapes:
+
+    a module of its own   Llama's, GPT-2's, ... `mlp`; Bloom's takes the residual and returns the sum
+    fused                 Phi-3's `gate_up_proj` is gate and up in one map: its first and its last m outputs
+    inline                OPT has no such module: up, activation and down stand in the decoder layer itself
+
+Every weight is handed out in one orientation, whatever the module stores:
 
     up, gate: (d, m)      down: (m, d)      m FFN neurons, d hidden size
 
@@ -11,8 +16,10 @@ as *views*: writing to them writes the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -20,39 +27,73 @@ from transformers.pytorch_utils import Conv1D
 
 from sam_ds.errors import InputError
 
-# (up, gate, down) as the families call them: Llama and its kin; GPT-2; Phi, OPT-like MLP modules; GPT-NeoX.
-_NAMES: tuple[tuple[str, str | None, str], ...] = (
-    ("up_proj", "gate_proj", "down_proj"),
-    ("c_fc", None, "c_proj"),
-    ("fc1", None, "fc2"),
-    ("dense_h_to_4h", None, "dense_4h_to_h"),
-    ("up_proj", None, "down_proj"),
-)
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_function")
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_function", "gelu_impl")
+_MOE = ("experts", "router")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FFN:
-    """One feed-forward network: where it is and which of its children do what."""
+    """One feed-forward network: where it is and which children of its module do what."""
 
     path: str
-    """Module path in the model, for example ``model.layers.0.mlp``."""
+    """Of `module` in the model, for example ``model.layers.0.mlp``."""
     module: nn.Module
+    """The module whose children `up`, `gate` and `down` are."""
     up: str
     gate: str | None
+    """None: not gated. The same as `up`: fused."""
     down: str
     activation: Callable[[Tensor], Tensor]
-    dropout: str | None
+    dropout: nn.Module | None = None
+    """What the module drops out of its output."""
+    inline: str | None = None
+    """Where `module` is a decoder layer with more in it than the FFN: the name it calls the activation by."""
+
+    @property
+    def site(self) -> str:
+        """Path of what a replacement of the FFN takes the place of: the module, or an inline FFN's activation."""
+        return self.path if self.inline is None else f"{self.path}.{self.inline}"
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module that is called with the FFN's input."""
+        return self.module if self.inline is None else self.module.get_submodule(self.up)
+
+    @property
+    def exit(self) -> nn.Module:
+        """The module that returns the FFN's output."""
+        return self.module if self.inline is None else self.module.get_submodule(self.down)
 
     @property
     def hidden(self) -> int:
         """d, the hidden size."""
-        return matrix(self.module.get_submodule(self.up)).shape[0]
+        return self.weights()[2].shape[1]
 
     @property
     def neurons(self) -> int:
         """m, the number of FFN neurons."""
-        return matrix(self.module.get_submodule(self.up)).shape[1]
+        return self.weights()[2].shape[0]
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Views up (d, m), gate (d, m) or None, down (m, d)."""
+        up_dm, down_md = (matrix(self.module.get_submodule(name)) for name in (self.up, self.down))
+        if self.gate is None:
+            return up_dm, None, down_md
+        if self.gate == self.up:
+            m = down_md.shape[0]
+            return up_dm[:, m:], up_dm[:, :m], down_md
+        return up_dm, matrix(self.module.get_submodule(self.gate)), down_md
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Views up (m,), gate (m,), down (d,); None where there is none."""
+        up, down = (self.module.get_submodule(name).bias for name in (self.up, self.down))
+        if self.gate is None:
+            return up, None, down
+        if self.gate == self.up:
+            m = self.neurons
+            return (None, None, down) if up is None else (up[m:], up[:m], down)
+        return up, self.module.get_submodule(self.gate).bias, down
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -66,41 +107,124 @@ def matrix(linear: nn.Module) -> Tensor:
 def find_ffns(model: nn.Module) -> list[FFN]:
     """Every feed-forward network of `model`, in order of depth.
 
-    Raises InputError where none is found (saying what was looked for), or where the model already has experts.
+    Raises InputError where none is found (saying what was looked for), where the model already has experts, and where
+    weights cannot be put in another order: quantized, computed from others, or used in two places.
     """
     for name, _ in model.named_modules():
-        if name.rsplit(".", 1)[-1] == "experts":
+        if name.rsplit(".", 1)[-1] in _MOE:
             raise InputError(f"model has {name!r}: it is already a mixture of experts; give its dense original")
-    found = [ffn for path, module in model.named_modules() for ffn in _match(path, module)]
+    # A module that stands in two places comes twice.
+    modules = model.named_modules(remove_duplicate=False)
+    found = [ffn for path, module in modules if (ffn := _match(path, module)) is not None]
     if not found:
-        wanted = ", ".join("/".join(n for n in names if n) for names in _NAMES)
         raise InputError(
             f"model {type(model).__name__} has no feed-forward network this package knows: looked for modules with "
-            f"linear children named {wanted}"
+            "two or three linear children, d -> m and m -> d (such as up_proj/gate_proj/down_proj, "
+            f"gate_up_proj/down_proj, fc1/fc2, c_fc/c_proj), and an activation (such as {'/'.join(_ACTIVATIONS)})"
         )
+    owners: dict[int, str] = {}
+    for ffn in found:
+        for name in _names(ffn):
+            linear = ffn.module.get_submodule(name)
+            _check_weight(f"{ffn.path}.{name}", linear)
+            other = owners.setdefault(id(linear.weight), f"{ffn.path}.{name}")
+            if other != f"{ffn.path}.{name}":
+                raise InputError(f"{ffn.path}.{name} has the same weight as {other}: its neurons cannot be put in an "
+                                 "order of its own; give a model whose layers share nothing")  # fmt: skip
     return found
 
 
-def _match(path: str, module: nn.Module) -> Iterator[FFN]:
+def _match(path: str, module: nn.Module) -> FFN | None:
     children = dict(module.named_children())
-    for up, gate, down in _NAMES:
-        names = [up, down] if gate is None else [up, gate, down]
-        if not all(isinstance(children.get(name), nn.Linear | Conv1D) for name in names):
-            continue
-        shape = matrix(children[up]).shape
-        if tuple(matrix(children[down]).shape) != (shape[1], shape[0]):
-            continue
-        if gate is not None and matrix(children[gate]).shape != shape:
-            continue
-        known = vars(module) | children
-        activation = next((known[name] for name in _ACTIVATIONS if callable(known.get(name))), None)
-        if activation is None:
-            raise InputError(f"{path} has no activation under any of the names {', '.join(_ACTIVATIONS)}")
-        yield FFN(
-            path=path, module=module, up=up, gate=gate, down=down, activation=activation,
-            dropout="dropout" if isinstance(children.get("dropout"), nn.Dropout) else None,
-        )  # fmt: skip
+    linears = {name: _shape(child) for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)}
+    roles, activation = _roles(linears), _activation(module)
+    if roles is None or activation is None:
+        return None
+    up, gate, down = roles
+    # A module with attention in it is a decoder layer.
+    others = [child for name, child in children.items() if name not in linears and name != activation]
+    inline = any(isinstance(inner, nn.Linear | Conv1D) for child in others for inner in child.modules())
+    bare = _elementwise(activation, children.get(activation))
+    if inline and (gate is not None or not bare):
+        return None
+    if inline and getattr(module, "activation_dropout", 0.0):
+        raise InputError(f"{path} drops out {module.activation_dropout} of its activations, which experts cannot; "
+                         "set activation_dropout=0.0 in the model's configuration")  # fmt: skip
+    return FFN(
+        path=path, module=module, up=up, gate=gate, down=down, activation=getattr(module, activation),
+        dropout=None if inline else _dropout(module), inline=activation if inline else None,
+    )  # fmt: skip
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs), not read from the weight: that of a quantized map is packed."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return linear.weight.shape[0], linear.nf
+
+
+def _roles(shapes: dict[str, tuple[int, int]]) -> tuple[str, str | None, str] | None:
+    """(up, gate, down) of a module's linear maps by their shapes; where d = m, by the order they are made in."""
+    names = list(shapes)
+    if len(names) == 2:
+        (d, m), down = shapes[names[0]], shapes[names[1]]
+        if down == (m, d):
+            return names[0], None, names[1]
+        return (names[0], names[0], names[1]) if (2 * down[0], down[1]) == (m, d) else None
+    if len(names) == 3:
+        downs = [n for n in names if all(shapes[other] == shapes[n][::-1] for other in names if other != n)]
+        if downs:
+            inner = [n for n in names if n != downs[-1]]
+            gate = next((n for n in inner if "gate" in n), inner[0])
+            return next(n for n in inner if n != gate), gate, downs[-1]
+    return None
+
+
+def _activation(module: nn.Module) -> str | None:
+    """By a known name, or the only child that could be one: without parameters, buffers or children; or a function."""
+    known = vars(module) | dict(module.named_children())
+    for name in _ACTIVATIONS:
+        if callable(known.get(name)):
+            return name
+    plain = [name for name, value in known.items() if _elementwise(name, value)]
+    return plain[0] if len(plain) == 1 else None
+
+
+def _elementwise(name: str, value: object) -> bool:
+    if isinstance(value, nn.Module):
+        bare = not (list(value.parameters()) or list(value.buffers()) or list(value.children()))
+        return bare and not isinstance(value, nn.Identity | nn.modules.dropout._DropoutNd)
+    return isinstance(value, FunctionType | BuiltinFunctionType) and name != "forward"
+
+
+def _dropout(module: nn.Module) -> nn.Module | None:
+    """What an FFN module drops out of its output: a child, or a rate that it applies itself."""
+    child = next((c for c in module.children() if isinstance(c, nn.Dropout)), None)
+    if child is not None:
+        return child
+    # Falcon's MLP carries `hidden_dropout` too, but its layer applies it; where the MLP adds the residual, it does.
+    name = "hidden_dropout" if "residual" in inspect.signature(module.forward).parameters else "residual_dropout"
+    rate = getattr(module, name, None)
+    return nn.Dropout(rate) if isinstance(rate, float | int) else None
+
+
+def _check_weight(path: str, linear: nn.Module) -> None:
+    weight = linear._parameters.get("weight")
+    inputs, outputs = _shape(linear)
+    if type(weight) is nn.Parameter and weight.dtype in _FLOATS and matrix(linear).shape == (inputs, outputs):
         return
+    kind = "computed from other parameters" if weight is None else (
+        f"a {type(weight).__name__} of {weight.dtype}, shape {tuple(weight.shape)}"
+    )  # fmt: skip
+    raise InputError(
+        f"{path}.weight is {kind}: only plain floating-point weights can be put in another order; load the model in "
+        "full or half precision, convert it, and quantize the folder it saves"
+    )
+
+
+def _names(ffn: FFN) -> list[str]:
+    """The children that are the FFN's linear maps, each once."""
+    return list(dict.fromkeys(name for name in (ffn.up, ffn.gate, ffn.down) if name is not None))
 
 
 @torch.no_grad()
@@ -109,30 +233,63 @@ def permute_neurons(ffn: FFN, order_m: Tensor) -> None:
     assert torch.equal(order_m.sort().values, torch.arange(ffn.neurons, device=order_m.device)), (
         "a neuron would be dropped or doubled"
     )
-    for name in (ffn.up, ffn.gate):
-        if name is None:
-            continue
-        linear = ffn.module.get_submodule(name)
-        matrix(linear).copy_(matrix(linear)[:, order_m].clone())
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[order_m].clone())
-    down = matrix(ffn.module.get_submodule(ffn.down))
-    down.copy_(down[order_m].clone())
+    up_dm, gate_dm, down_md = ffn.weights()
+    for inner_dm in (up_dm, gate_dm):
+        if inner_dm is not None:
+            inner_dm.copy_(inner_dm[:, order_m])
+    for bias_m in ffn.biases()[:2]:
+        if bias_m is not None:
+            bias_m.copy_(bias_m[order_m])
+    down_md.copy_(down_md[order_m])
 
 
 @torch.no_grad()
 def shrink(ffn: FFN, neurons: int) -> None:
     """Replace the FFN's linear maps, in place, by empty ones of `neurons` neurons: the slots of a client's model."""
-    for name in (ffn.up, ffn.gate, ffn.down):
-        if name is None:
-            continue
+    before = ffn.neurons
+    for name in _names(ffn):
         old = ffn.module.get_submodule(name)
         inputs, outputs = matrix(old).shape
-        inputs, outputs = (neurons, outputs) if name == ffn.down else (inputs, neurons)
+        inputs, outputs = (neurons, outputs) if name == ffn.down else (inputs, outputs // before * neurons)
         if isinstance(old, Conv1D):
             new: nn.Module = Conv1D(outputs, inputs).to(old.weight.dtype)
         else:
             new = nn.Linear(inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
         if name == ffn.down and old.bias is not None:
             new.bias.copy_(old.bias)
+        if "forward" in vars(old):
+            new.forward = old.forward
         setattr(ffn.module, name, new)
+
+
+def install(model: nn.Module, ffn: FFN, layer: nn.Module) -> nn.Module:
+    """Put `layer` in the FFN's place; returns what was there, for `uninstall`.
+
+    Inline, the layer stands where the activation stood, and what comes before and after it passes its input on.
+    """
+    original = model.get_submodule(ffn.site)
+    if ffn.inline is not None:
+        for name in (ffn.up, ffn.down):
+            ffn.module.get_submodule(name).forward = _pass_on
+    _set(model, ffn.site, layer)
+    return original
+
+
+def uninstall(model: nn.Module, site: str, original: nn.Module, ffn: FFN) -> None:
+    """Undo `install`; `ffn` is the layer's own view of itself, whose weights may have been replaced since."""
+    if ffn.inline is not None:
+        for name in (ffn.up, ffn.down):
+            del ffn.module.get_submodule(name).forward
+    else:
+        for name, _ in original.named_children():
+            setattr(original, name, ffn.module.get_submodule(name))
+    _set(model, site, original)
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    return x

@@ -1,8 +1,8 @@
 """Which tensors of a converted model train and travel, and where each lives.
 
 A *field* is one parameter of a layer that is owned by experts slice by slice; its unit (layer, expert, tensor) is
-the neuron-first slice (n, ...) of one expert, whatever the parameter's own orientation. A shared parameter is a unit
-as a whole. What trains is one of:
+the neuron-first slice (n, ...) of one expert, whatever the parameter's own orientation; of a parameter that fuses gate
+and up, (n, 2, ...). A shared parameter is a unit as a whole. What trains is one of:
 
     full      the experts' own weights and gate rows; the assembler; `dense`: all other parameters too
     lora      the expert-owned low-rank rows and gate rows; the assembler; `dense`: the norms too
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +36,25 @@ class Field:
     """One parameter that experts own by slices: along dimension `dim`, `width` entries an expert."""
 
     layer: int
+    num_experts: int
     tensor: str
     parameter: str
     """Name of the parameter in the model."""
     dim: int
     width: int
+    blocks: int = 1
+    """2 where gate and up are fused: all experts' gate entries come before all experts' up entries."""
 
     def read(self, full: Tensor, slot: int) -> Tensor:
-        """The slice of one slot, neuron first."""
-        part = full.narrow(self.dim, slot * self.width, self.width)
-        return part.t() if self.dim == 1 else part
+        """The slice of one slot, neuron first: a view."""
+        if self.blocks == 1:
+            return full.narrow(self.dim, slot * self.width, self.width).movedim(self.dim, 0)
+        parts = full.unflatten(self.dim, (self.blocks, -1))
+        return parts.narrow(self.dim + 1, slot * self.width, self.width).movedim(self.dim + 1, 0)
 
     def write(self, full: Tensor, slot: int, value: Tensor) -> None:
         """Put a slice where `read` takes it from."""
-        full.narrow(self.dim, slot * self.width, self.width).copy_(value.t() if self.dim == 1 else value)
+        self.read(full, slot).copy_(value)
 
 
 def expert_weights(model: PreTrainedModel) -> list[Field]:
@@ -56,17 +62,20 @@ def expert_weights(model: PreTrainedModel) -> list[Field]:
     fields = []
     for index, (path, layer) in enumerate(_layers(model)):
         up, gate, down = layer.ffn_names
-        for tensor, name in (("up", up), ("gate", gate), ("down", down)):
+        fused = gate == up
+        # An inline FFN's weights are not in the layer but beside it.
+        owner = path if layer.ffn.inline is None else path.rpartition(".")[0]
+        for tensor, name in (("gate_up" if fused else "up", up), ("gate", None if fused else gate), ("down", down)):
             if name is None:
                 continue
-            linear = layer.get_submodule(name)
+            linear = layer.ffn.module.get_submodule(name)
             transposed = isinstance(linear, Conv1D)
+            of = partial(Field, layer=index, num_experts=layer.num_experts, width=layer.neurons,
+                         blocks=2 if fused and tensor != "down" else 1)  # fmt: skip
             dim = int(transposed) if tensor != "down" else int(not transposed)
-            fields.append(Field(layer=index, tensor=tensor, parameter=f"{path}.{name}.weight", dim=dim,
-                                width=layer.neurons))  # fmt: skip
+            fields.append(of(tensor=tensor, parameter=f"{owner}.{name}.weight", dim=dim))
             if tensor != "down" and linear.bias is not None:
-                fields.append(Field(layer=index, tensor=f"{tensor}_bias", parameter=f"{path}.{name}.bias", dim=0,
-                                    width=layer.neurons))  # fmt: skip
+                fields.append(of(tensor=f"{tensor}_bias", parameter=f"{owner}.{name}.bias", dim=0))
     return fields
 
 
@@ -75,8 +84,8 @@ def trained_fields(model: PreTrainedModel, trains: str) -> list[Field]:
     if trains in ("all", "lora-both"):
         return []
     gates = [
-        Field(layer=index, tensor="wg", parameter=f"{path}.sam.wg", dim=0, width=1)
-        for index, (path, _) in enumerate(_layers(model))
+        Field(layer=index, num_experts=layer.num_experts, tensor="wg", parameter=f"{path}.sam.wg", dim=0, width=1)
+        for index, (path, layer) in enumerate(_layers(model))
     ]
     if trains == "full":
         return expert_weights(model) + gates
@@ -84,7 +93,8 @@ def trained_fields(model: PreTrainedModel, trains: str) -> list[Field]:
     for index, (path, layer) in enumerate(_layers(model)):
         assert layer.lora is not None
         rows += [
-            Field(layer=index, tensor=name, parameter=f"{path}.lora.{name}", dim=0, width=layer.neurons)
+            Field(layer=index, num_experts=layer.num_experts, tensor=name, parameter=f"{path}.lora.{name}", dim=0,
+                  width=layer.neurons)
             for name, value in layer.lora.named_parameters()
             if name.endswith("_rows") and value is not None
         ]

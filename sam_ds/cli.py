@@ -12,6 +12,7 @@ from sam_ds.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="sam-ds", description="Self-assembling expert graphs.")
     commands = parser.add_subparsers(dest="command", required=True)
     perplexity = commands.add_parser("perplexity", help="token-weighted perplexity of a model on held-out text")
@@ -28,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write report.html of a run, also of one under way")
     report.add_argument("folder", metavar="RUN", help="the run folder")
     report.set_defaults(run=_report)
+    bench = commands.add_parser("bench", help="time one part against a named peer on the same data")
+    if arguments[:1] == ["bench"]:
+        # Only then: the benchmarks import what they time, and the other commands start at once.
+        from sam_ds.bench import add_benchmarks
+
+        add_benchmarks(bench)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sam_ds.errors import InputError, nearest
 from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
-from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.layer import SamFFN, check_layers
 from sam_ds.experts.surgery import FFN, find_ffns, install, permute_neurons, uninstall
 from sam_ds.graph.assembler import Assembler, AssemblerConfig
 from sam_ds.graph.dag import check_graph, contract
@@ -206,9 +206,11 @@ def get_sam_model(
     `calibration`: token ids, a (B, S) tensor or an iterable of such; a few thousand tokens of text like the model's.
     The model computes what it did where all experts are visited (`with model.active(config.num_experts)`).
 
-    Raises InputError: no known FFN, already converted, E does not divide the neurons (naming the divisors), stand-ins
-    of a rank above the hidden size, too few calibration tokens, a token id outside the vocabulary, activations that
-    are not finite (naming the layer). Whatever goes wrong, the model is left as it was.
+    Raises InputError: no FFN found, or one that does not compute what its parts suggest, or whose weights cannot be
+    put in another order (quantized, shared); already converted or a mixture of experts; E does not divide the neurons
+    (naming the divisors); stand-ins of a rank above the hidden size; too few calibration tokens, a token id outside
+    the vocabulary, activations that are not finite (naming the layer). Whatever goes wrong, the model is left as it
+    was.
     """
     if isinstance(model, SamMixin):
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
@@ -232,6 +234,7 @@ def get_sam_model(
     training = model.training
     model.eval()
     try:
+        check_layers(model, ffns, layers, batches[0][:1])
         # All are found before the first is put in place: what is refused here leaves every weight where it was.
         orders = []
         for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):

@@ -24,7 +24,7 @@ def test_assignment_is_optimal(clusters: int, size: int, seed: int, skew: float,
     cost_mE = rng.normal(size=(clusters * size, clusters)) + skew * rng.normal(size=(1, clusters))
     if levels:
         cost_mE = rng.integers(0, levels, cost_mE.shape).astype(np.float64)
-    labels_m = balanced_assignment(cost_mE)
+    labels_m = balanced_assignment(np.ascontiguousarray(cost_mE.T))
     assert np.bincount(labels_m, minlength=clusters).tolist() == [size] * clusters
     assert cost_mE[np.arange(len(labels_m)), labels_m].sum() == pytest.approx(
         transport_cost(cost_mE), abs=1e-9
@@ -33,7 +33,7 @@ def test_assignment_is_optimal(clusters: int, size: int, seed: int, skew: float,
 
 def test_assignment_is_optimal_at_size() -> None:
     cost_mE = np.random.default_rng(0).normal(size=(480, 16)) * np.linspace(0.1, 3, 16)
-    labels_m = balanced_assignment(cost_mE)
+    labels_m = balanced_assignment(np.ascontiguousarray(cost_mE.T))
     assert cost_mE[np.arange(480), labels_m].sum() == pytest.approx(transport_cost(cost_mE), abs=1e-9)
 
 
@@ -101,7 +101,7 @@ def test_equal_points_and_as_many_clusters_as_points() -> None:
 @pytest.mark.parametrize(("points_md", "clusters", "message"), [
     (torch.ones(64, 2), 10, "64 points .* 10 .* 4, 8, 16"),
     (torch.ones(64, 2), 0, "use one of 1, 2"),
-    (torch.tensor([[1.0], [float("nan")]]), 2, "1 values .* not finite"),
+    (torch.tensor([[1.0], [float("nan")]]), 2, "1 points .* not finite"),
     (torch.ones(4), 2, r"\(m, d\)"),
 ])  # fmt: skip
 def test_bad_input_is_refused(points_md: torch.Tensor, clusters: int, message: str) -> None:

@@ -1,13 +1,20 @@
 """Balanced k-means: min ||W - Z C||_F^2 over 0/1 matrices Z with Z 1 = 1 and exactly m / E points a cluster.
 
-Lloyd's iterations from k-means++ seeds (Arthur and Vassilvitskii, 2007), where the assignment step is the
-transport problem of m points and E clusters of capacity m / E (Bradley, Bennett and Demiriz, 2000). It is
-solved exactly: prices of the clusters are brought close to the optimum by annealed Sinkhorn steps, every
-point takes the cluster that is cheapest for it, and what is too much somewhere moves along successive
-shortest paths of the residual graph. That graph needs only E nodes: the edge i -> j costs the least c_pj -
-c_pi of the points p in i.
+With equal sizes that is the largest sum over clusters of ||s_e||^2, s_e the sum of the cluster's points. Lloyd's
+iteration maximises a linear bound of it: every point p is worth s_e . p in cluster e, and who goes where is the
+transport problem of m points and E clusters of capacity m / E (Bradley, Bennett and Demiriz, 2000).
 
-Legend: m points (neurons), d features, E clusters.
+A point is part of its own s_e, so it is drawn to where it is; in high dimensions, and with few points a cluster,
+so strongly that Lloyd stops after a few steps. Taking shift * ||p||^2 off the worth of a point's own cluster changes
+the objective by a constant, and lets points leave (the negative diagonal shift of kernel k-means: Dhillon, Guan and
+Kulis, 2007). The shift falls from 1, where a point is judged as if it were nowhere, to 0, which never loses.
+
+The transport problem is solved exactly: prices of the clusters come close to the optimum by Newton's steps on the
+entropic dual at falling temperatures, every point takes the cluster that is cheapest for it, and what is too much
+somewhere moves along successive shortest paths of the residual graph. That graph needs only E nodes: the edge i -> j
+costs the least c_jp - c_ip of the points p in i.
+
+Legend: m points (neurons), d features, E clusters, c candidates.
 """
 
 from __future__ import annotations
@@ -19,49 +26,70 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from sam_ds.errors import InputError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-_TOLERANCE = 1e-6
-"""Lloyd stops at a gain below this share of ||W||_F^2; fp32 does not resolve much less."""
+_SHIFTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+_TOLERANCE = 1e-5
+"""A shift is done at a gain below this share of the variance."""
+_SAMPLE = 8
+"""Large problems start from the centers of one point in this many..."""
+_SAMPLE_SIZE = 64
+"""...if that leaves so many a cluster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clustering:
     """`labels_m` (m,) int64, `centers_Ed` (E, d) means of the clusters, `inertia` = ||W - Z C||_F^2, and the
-    number of Lloyd iterations it took."""
+    number of assignments of all points it took."""
 
     labels_m: Tensor
     centers_Ed: Tensor
     inertia: float
     iterations: int
 
+    @property
+    def sizes_E(self) -> Tensor:
+        """(E,) points of each cluster: m / E."""
+        return torch.bincount(self.labels_m, minlength=len(self.centers_Ed))
+
 
 def balanced_kmeans(
-    points_md: Tensor, clusters: int, *, seed: int = 0, max_iterations: int = 100, restarts: int = 1
-) -> Clustering:
-    """Cluster (m, d) points into equal parts; the best of `restarts` starts. Points may lie on any device.
+    points_md: Tensor, clusters: int, *, seed: int = 0, max_iterations: int = 200, restarts: int = 1,
+    centers_Ed: Tensor | None = None,
+) -> Clustering:  # fmt: skip
+    """Cluster (m, d) points into equal parts; the best of `restarts` starts, the first of them from `centers_Ed`
+    (E, d) if given, the others from seeds drawn with `seed`. Points may lie on any device.
 
-    Raises InputError for points that are not finite and where `clusters` does not divide m.
+    Raises InputError for points that are not finite, centers of another shape, and where `clusters` does not divide m.
     """
     if points_md.ndim != 2 or points_md.numel() == 0:
         raise InputError(f"the points to cluster must be (m, d), and not empty, got {tuple(points_md.shape)}")
-    if not_finite := int((~torch.isfinite(points_md)).sum()):
-        raise InputError(f"{not_finite} values of the points to cluster are not finite: check the checkpoint")
     check_divides(len(points_md), clusters)
     for name, value in (("max_iterations", max_iterations), ("restarts", restarts)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    expected = (clusters, points_md.shape[1])
+    if centers_Ed is not None and centers_Ed.shape != expected:
+        raise InputError(f"centers_Ed must be (E, d) = {expected}, got {tuple(centers_Ed.shape)}")
     points_md = points_md.detach()
     points_md = points_md if points_md.dtype == torch.float64 else points_md.float()
+    square_m = torch.linalg.vector_norm(points_md, dim=1).square()
+    if not_finite := int((~torch.isfinite(square_m)).sum()):
+        raise InputError(f"{not_finite} points to cluster are not finite, or too large: check the checkpoint")
     generator = torch.Generator().manual_seed(seed)
-    found = [
-        _lloyd(points_md, _plus_plus(points_md, clusters, generator), max_iterations) for _ in range(restarts)
-    ]
-    return min(found, key=lambda clustering: clustering.inertia)
+    best: Clustering | None = None
+    for _ in range(restarts):
+        start_Ed = _start(points_md, square_m, clusters, generator) if centers_Ed is None else centers_Ed.to(points_md)
+        found = _lloyd(points_md, square_m, start_Ed, max_iterations)
+        best = found if best is None or found.inertia < best.inertia else best
+        centers_Ed = None
+    assert best is not None
+    return best
 
 
 def permutation(labels_m: Tensor) -> Tensor:
@@ -81,49 +109,96 @@ def check_divides(points: int, clusters: int) -> None:
     )
 
 
-def _plus_plus(points_md: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """(E, d) points drawn with probability proportional to the squared distance to the nearest one so far."""
-    chosen = [int(torch.randint(len(points_md), (1,), generator=generator))]
+def _start(points_md: Tensor, square_m: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """(E, d) centers to start from: k-means++ seeds, on large problems moved by clustering a sample first."""
+    size = len(points_md) // clusters // _SAMPLE
+    if size < _SAMPLE_SIZE:
+        return points_md[_plus_plus(points_md, square_m, clusters, generator)]
+    sample = torch.randperm(len(points_md), generator=generator)[: size * clusters].to(points_md.device)
+    points_md, square_m = points_md[sample], square_m[sample]
+    seeds_Ed = points_md[_plus_plus(points_md, square_m, clusters, generator)]
+    return _lloyd(points_md, square_m, seeds_Ed, max_iterations=50).centers_Ed
+
+
+def _plus_plus(points_md: Tensor, square_m: Tensor, clusters: int, generator: torch.Generator) -> list[int]:
+    """E points, each the best of a few drawn with probability proportional to the squared distance to the nearest one
+    so far (greedy k-means++: Arthur and Vassilvitskii, 2007)."""
+    candidates = 2 + int(math.log(clusters))
+    chosen: list[int] = []
+    drawn_c = torch.randint(len(points_md), (1,), generator=generator)
     nearest_m = torch.full((len(points_md),), math.inf, dtype=torch.float64)
-    while len(chosen) < clusters:
-        distance_m = (points_md - points_md[chosen[-1]]).square().sum(1)
-        nearest_m = torch.minimum(nearest_m, distance_m.cpu().double())
+    while True:
+        drawn = drawn_c.to(points_md.device)
+        distance_cm = square_m[drawn, None] + square_m - 2 * points_md[drawn] @ points_md.t()
+        nearest_cm = torch.minimum(nearest_m, distance_cm.clamp(min=0).cpu().double())
+        best = int(nearest_cm.sum(1).argmin())
+        nearest_m = nearest_cm[best]
+        chosen.append(int(drawn_c[best]))
+        if len(chosen) == clusters:
+            return chosen
         cumulative_m = nearest_m.cumsum(0)
-        draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative_m[-1]
-        chosen.append(min(int(torch.searchsorted(cumulative_m, draw, right=True)), len(points_md) - 1))
-    return points_md[chosen]
+        draw_c = torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative_m[-1]
+        drawn_c = torch.searchsorted(cumulative_m, draw_c, right=True).clamp(max=len(points_md) - 1)
 
 
-def _lloyd(points_md: Tensor, centers_Ed: Tensor, max_iterations: int) -> Clustering:
-    clusters, size = len(centers_Ed), len(points_md) // len(centers_Ed)
-    norm = float(points_md.square().sum(dtype=torch.float64))
-    best: Clustering | None = None
-    for iteration in range(1, max_iterations + 1):
-        # ||w||^2 is left out: it is the same for every cluster.
-        cost_mE = centers_Ed.square().sum(1) - 2 * points_md @ centers_Ed.t()
-        labels_m = torch.from_numpy(balanced_assignment(cost_mE.double().cpu().numpy())).to(points_md.device)
-        # A product, not index_add: the same sum in the same order on every run, on CUDA too.
-        member_mE = torch.nn.functional.one_hot(labels_m, clusters).to(points_md.dtype)
-        centers_Ed = member_mE.t() @ points_md / size
-        inertia = max(0.0, norm - size * float(centers_Ed.square().sum(dtype=torch.float64)))
-        if best is not None and inertia >= best.inertia - _TOLERANCE * norm:
+def _lloyd(points_md: Tensor, square_m: Tensor, centers_Ed: Tensor, max_iterations: int) -> Clustering:
+    points, clusters = len(points_md), len(centers_Ed)
+    size = points // clusters
+
+    def assign(to_Ed: Tensor, own_m: FloatArray | None = None) -> IntArray:
+        # ||w||^2 and ||c||^2 are left out: with equal sizes they add the same to every assignment.
+        cost_Em = ((to_Ed.mean(0) - to_Ed) @ points_md.t()).cpu().numpy().astype(np.float64)
+        if own_m is not None:
+            cost_Em[labels_m, np.arange(points)] += own_m
+        return balanced_assignment(cost_Em)
+
+    def member(labels_m: IntArray) -> Tensor:
+        # A product with it, not index_add: the same sum in the same order on every run, on CUDA too.
+        return F.one_hot(torch.from_numpy(labels_m).to(points_md.device), clusters).to(points_md.dtype).t()
+
+    def score(sum_Ed: Tensor) -> float:
+        return float((sum_Ed - sum_Ed.mean(0)).square().sum(dtype=torch.float64)) / size
+
+    labels_m = assign(centers_Ed)
+    sum_Ed = member(labels_m) @ points_md
+    best, iterations = score(sum_Ed), 1
+    mean_d = sum_Ed.sum(0) / points
+    # Around the mean: a part common to all points moves none of them.
+    spread_m = (square_m - 2 * points_md @ mean_d + mean_d.square().sum()).clamp(min=0).double().cpu().numpy()
+    variance = float(spread_m.sum())
+    moved_m = np.arange(points)
+    for shift in _SHIFTS:
+        while iterations < max_iterations:
+            next_m = assign(sum_Ed, shift * spread_m)
+            iterations += 1
+            moved_m = np.flatnonzero(next_m != labels_m)
+            moved_md = points_md[torch.from_numpy(moved_m).to(points_md.device)]
+            next_Ed = sum_Ed + (member(next_m[moved_m]) - member(labels_m[moved_m])) @ moved_md
+            gain = score(next_Ed) - best
+            if gain > 0:
+                labels_m, sum_Ed, best = next_m, next_Ed, best + gain
+            if gain <= _TOLERANCE * variance:
+                break
+        # Where no point wants to leave at this shift, none does at a smaller one.
+        if len(moved_m) == 0:
             break
-        best = Clustering(labels_m=labels_m, centers_Ed=centers_Ed, inertia=inertia, iterations=iteration)
-    assert best is not None
-    return best
+    return Clustering(
+        labels_m=torch.from_numpy(labels_m).to(points_md.device), centers_Ed=member(labels_m) @ points_md / size,
+        inertia=max(0.0, variance - best), iterations=iterations,
+    )  # fmt: skip
 
 
-def balanced_assignment(cost_mE: FloatArray) -> IntArray:
+def balanced_assignment(cost_Em: FloatArray) -> IntArray:
     """(m,) labels of least total cost with m / E points in each cluster: exact to rounding.
 
     Invariant of the second half: with the prices, every point sits where cost + price is least, so the
     assignment is optimal for the sizes it has; the last path makes these sizes m / E.
     """
-    clusters, size = cost_mE.shape[1], cost_mE.shape[0] // cost_mE.shape[1]
-    price_E = _start_prices(cost_mE)
-    labels_m: IntArray = np.argmin(cost_mE + price_E, axis=1)
+    clusters, size = cost_Em.shape[0], cost_Em.shape[1] // cost_Em.shape[0]
+    price_E = _start_prices(cost_Em)
+    labels_m: IntArray = np.argmin(cost_Em + price_E[:, None], axis=0)
     count_E = np.bincount(labels_m, minlength=clusters)
-    # least_EE[i, j]: the least c_pj - c_pi of the points p in i, and that point.
+    # least_EE[i, j]: the least c_jp - c_ip of the points p in i, and that point.
     least_EE = np.full((clusters, clusters), np.inf)
     point_EE = np.zeros((clusters, clusters), dtype=np.int64)
 
@@ -132,15 +207,19 @@ def balanced_assignment(cost_mE: FloatArray) -> IntArray:
         if len(members) == 0:
             least_EE[i] = np.inf
             return
-        change = cost_mE[members] - cost_mE[members, i, None]
-        cheapest_E = change.argmin(axis=0)
-        least_EE[i] = change[cheapest_E, np.arange(clusters)]
+        change = cost_Em[:, members] - cost_Em[i, members]
+        cheapest_E = change.argmin(axis=1)
+        least_EE[i] = change[np.arange(clusters), cheapest_E]
         point_EE[i] = members[cheapest_E]
 
-    for i in range(clusters):
-        refresh(i)
+    if (count_E > size).any():
+        for i in range(clusters):
+            refresh(i)
     while (count_E > size).any():
-        node, distance_E, before_E = _nearest_gap(least_EE + price_E - price_E[:, None], count_E, size)
+        # The prices keep lengths at 0 or more, but for rounding.
+        length_EE = np.maximum(least_EE + price_E - price_E[:, None], 0.0)
+        distance_E, before_E = _shortest(length_EE, np.where(count_E > size, 0.0, np.inf))
+        node = int(np.where(count_E < size, distance_E, np.inf).argmin())
         price_E += distance_E[node] - np.minimum(distance_E, distance_E[node])
         count_E[node] += 1
         path = [node]
@@ -154,33 +233,42 @@ def balanced_assignment(cost_mE: FloatArray) -> IntArray:
     return labels_m
 
 
-def _nearest_gap(length_EE: FloatArray, count_E: IntArray, size: int) -> tuple[int, FloatArray, IntArray]:
-    """Dijkstra from all clusters with too many points to the nearest with too few, and how it is reached."""
-    clusters = len(count_E)
-    # The prices keep lengths at 0 or more, but for rounding.
-    length_EE = np.maximum(length_EE, 0.0)
-    distance_E: FloatArray = np.where(count_E > size, 0.0, np.inf)
-    before_E = np.full(clusters, -1, dtype=np.int64)
-    open_E = np.ones(clusters, dtype=np.bool_)
+def _shortest(length_EE: FloatArray, distance_E: FloatArray) -> tuple[FloatArray, IntArray]:
+    """Distances of all clusters from those at distance 0 and the cluster before each, by Bellman and Ford's rounds:
+    a few of them, each one numpy sweep, are faster than Dijkstra's E steps."""
+    before_E = np.full(len(distance_E), -1, dtype=np.int64)
     while True:
-        node = int(np.argmin(np.where(open_E, distance_E, np.inf)))
-        if count_E[node] < size:
-            return node, distance_E, before_E
-        open_E[node] = False
-        shorter_E = open_E & (distance_E[node] + length_EE[node] < distance_E)
-        distance_E[shorter_E] = distance_E[node] + length_EE[node, shorter_E]
-        before_E[shorter_E] = node
+        through_EE = distance_E[:, None] + length_EE
+        via_E = through_EE.argmin(axis=0)
+        next_E = through_EE[via_E, np.arange(len(via_E))]
+        shorter_E = next_E < distance_E
+        if not shorter_E.any():
+            return distance_E, before_E
+        distance_E = np.where(shorter_E, next_E, distance_E)
+        before_E = np.where(shorter_E, via_E, before_E)
 
 
-def _start_prices(cost_mE: FloatArray) -> FloatArray:
+def _start_prices(cost_Em: FloatArray) -> FloatArray:
     """(E,) dual prices of the entropic transport problem at falling temperatures: close to the exact ones."""
-    points, clusters = cost_mE.shape
-    relative_mE = torch.from_numpy(cost_mE - cost_mE.mean(axis=1, keepdims=True))
-    spread = float(relative_mE.square().mean().sqrt())
-    price_E = torch.zeros(clusters, dtype=torch.float32)
-    if spread > 0.0:
-        relative_mE = (relative_mE / spread).float()
-        for temperature in 0.5 ** np.arange(0.0, 8.0, 0.5):
-            share_mE = torch.log_softmax(-(relative_mE + price_E) / temperature, dim=1)
-            price_E += temperature * (share_mE.logsumexp(0) - math.log(points / clusters))
-    return price_E.double().numpy() * spread
+    clusters, points = cost_Em.shape
+    size = points / clusters
+    relative_Em = cost_Em - cost_Em.mean(axis=0)
+    spread = float(np.sqrt(np.square(relative_Em).mean()))
+    price_E = np.zeros(clusters)
+    if spread == 0.0:
+        return price_E
+    # numpy, not torch: arrays this small are done before a second thread has started.
+    relative_Em = (relative_Em / spread).astype(np.float32)
+    for temperature in 0.25 ** np.arange(6.0):
+        for _ in range(2):
+            share_Em = (relative_Em + price_E[:, None].astype(np.float32)) * np.float32(-1 / temperature)
+            share_Em = np.exp(share_Em - share_Em.max(axis=0))
+            share_Em /= share_Em.sum(axis=0)
+            count_E = share_Em.sum(axis=1, dtype=np.float64)
+            # Where a cluster has no share the Hessian has no slope, and prices are known but for a constant.
+            hessian_EE = np.diag(count_E + 1e-3 * size) - share_Em @ share_Em.T + size
+            step_E = temperature * np.linalg.solve(hessian_EE, count_E - size)
+            price_E += step_E * min(1.0, 2 * temperature / max(np.abs(step_E).max(), 1e-30))
+            if np.abs(count_E - size).max() < 0.05 * size:
+                break
+    return price_E * spread

@@ -205,7 +205,9 @@ def test_a_saved_folder_loads_as_the_plain_and_as_the_converted_model(pair, tmp_
     with model.active(8):
         close(logits(plain), logits(model))
     loaded = from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    same_state(loaded.state_dict(), model.state_dict())
+    # to rounding: a file's weights lie at other addresses, where other kernels round otherwise
+    close(logits(loaded), logits(model))
 
 
 def test_generation_with_and_without_a_cache(pair):

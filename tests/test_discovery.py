@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import inertia, transport_cost
 
+from sam_ds.discovery import kmeans
 from sam_ds.discovery.features import activation_features, order_by_usage, output_features, weight_features
 from sam_ds.discovery.kmeans import balanced_assignment, balanced_kmeans, permutation
 from sam_ds.errors import InputError
@@ -83,6 +84,39 @@ def test_no_swap_of_two_points_helps() -> None:
     assert gain_mm.max() <= 1e-4 * float(points_md.square().sum())
 
 
+def test_the_shift_finds_better_clusters_than_plain_lloyd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few points a cluster in many dimensions: each is so much of its own center that Lloyd hardly moves."""
+    points_md = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    shifted = [balanced_kmeans(points_md, 16, seed=seed).inertia for seed in range(3)]
+    monkeypatch.setattr(kmeans, "_SHIFTS", (0.0,))
+    plain = [balanced_kmeans(points_md, 16, seed=seed).inertia for seed in range(3)]
+    assert max(shifted) < 0.98 * min(plain)
+
+
+def test_a_warm_start_does_not_lose_and_is_short() -> None:
+    points_md = _points(groups=8, size=40, noise=2.0)[0]
+    found = balanced_kmeans(points_md, 8, seed=1)
+    again = balanced_kmeans(points_md, 8, centers_Ed=found.centers_Ed)
+    assert again.inertia <= found.inertia * (1 + 1e-6) and again.iterations < found.iterations
+    assert found.sizes_E.tolist() == [40] * 8
+
+
+def test_large_problems_start_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    points_md = _points(groups=4, size=512, noise=1.0)[0]
+    sampled = balanced_kmeans(points_md, 4)
+    monkeypatch.setattr(kmeans, "_SAMPLE_SIZE", len(points_md))
+    whole = balanced_kmeans(points_md, 4)
+    assert sampled.inertia == pytest.approx(whole.inertia, rel=1e-2) and sampled.sizes_E.tolist() == [512] * 4
+
+
+@pytest.mark.gpu
+def test_clusters_on_cuda_are_as_good() -> None:
+    points_md = _points(noise=2.0)[0]
+    found = balanced_kmeans(points_md.cuda(), 6)
+    assert found.labels_m.is_cuda and found.sizes_E.tolist() == [20] * 6
+    assert found.inertia == pytest.approx(balanced_kmeans(points_md, 6).inertia, rel=1e-2)
+
+
 def test_the_same_seed_gives_the_same_clusters_whatever_the_global_state() -> None:
     points_md = _points(noise=3.0)[0]
     first = balanced_kmeans(points_md, 6, seed=3)
@@ -114,6 +148,8 @@ def test_bad_counts_are_refused() -> None:
         balanced_kmeans(torch.ones(4, 2), 2, restarts=0)
     with pytest.raises(InputError, match="max_iterations"):
         balanced_kmeans(torch.ones(4, 2), 2, max_iterations=0)
+    with pytest.raises(InputError, match=r"centers_Ed must be .* \(2, 2\), got \(3, 2\)"):
+        balanced_kmeans(torch.ones(4, 2), 2, centers_Ed=torch.ones(3, 2))
 
 
 def test_permutation_is_stable() -> None:

@@ -261,8 +261,10 @@ def _start_prices(cost_Em: FloatArray) -> FloatArray:
     relative_Em = (relative_Em / spread).astype(np.float32)
     for temperature in 0.25 ** np.arange(6.0):
         for _ in range(2):
-            share_Em = (relative_Em + price_E[:, None].astype(np.float32)) * np.float32(-1 / temperature)
-            share_Em = np.exp(share_Em - share_Em.max(axis=0))
+            share_Em = relative_Em + price_E[:, None].astype(np.float32)
+            share_Em *= np.float32(-1 / temperature)
+            share_Em -= share_Em.max(axis=0)
+            share_Em = np.exp(share_Em, out=share_Em)
             share_Em /= share_Em.sum(axis=0)
             count_E = share_Em.sum(axis=1, dtype=np.float64)
             # Where a cluster has no share the Hessian has no slope, and prices are known but for a constant.

@@ -1,8 +1,9 @@
 """From a dense causal LM to a graph of experts, with calibration text and no training (design 4).
 
-Per layer: balanced clusters of neurons, permuted into contiguous experts, most used first; then, in order of depth
-and each on the prefix already converted: a router that predicts what is lost if an expert is not visited, the
-initial graph from co-activation, and the stand-ins.
+Per layer: the neurons that matter most on every token become the roots, balanced clusters of the others the further
+experts, permuted into contiguous blocks, most used first; then, in order of depth and each on the prefix already
+converted: a router that predicts what is lost if an expert is not visited, the initial graph from co-activation, and
+the stand-ins.
 
 Legend: B sequences, T tokens, E experts, m neurons, n = m / E, d hidden.
 """
@@ -38,8 +39,10 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], limit: int | None = None) -> Tensor:
-    """(T, d) inputs of `module` over the calibration tokens, all of them or the first `limit` and a few."""
+    """(T, d) inputs of `module` over the calibration tokens: all of them, or of about `limit` taken evenly."""
     seen: list[Tensor] = []
+    # Evenly, for the text is often ordered by where it comes from.
+    step = 1 if limit is None else max(1, sum(ids.numel() for ids in batches) // limit)
 
     def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
@@ -48,9 +51,7 @@ def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], lim
     handle = module.register_forward_pre_hook(catch)
     try:
         for ids_BS in batches:
-            for rows in ids_BS.split(_BATCH):
-                if limit is not None and sum(map(len, seen)) >= limit:
-                    break
+            for rows in ids_BS[::step].split(_BATCH):
                 try:
                     model(input_ids=rows.to(next(model.parameters()).device), use_cache=False)
                 except _Reached:
@@ -61,20 +62,31 @@ def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], lim
 
 
 @torch.no_grad()
-def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, features: str, seed: int) -> Tensor:
-    """Cluster the FFN's neurons into experts; returns the order (m,) that puts them in place, most used first."""
+def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, roots: int, features: str, seed: int) -> Tensor:
+    """Find the experts among the FFN's neurons; returns the order (m,) that puts them in place, most used first.
+
+    The roots, which every token visits, are the neurons whose output varies most (CMoE's shared experts, 2502.04416,
+    there by rate): what a constant cannot stand in for.
+    """
     up_dm, gate_dm, down_md = ffn.weights()
     hidden_Tm = hidden_of(ffn, x_Td)
+    weight_m = down_md.float().square().sum(1)
+    energy_m = hidden_Tm.square().mean(0) * weight_m
+    by_spread_m = (hidden_Tm.var(0) * weight_m).argsort(descending=True, stable=True)
+    own = roots * (ffn.neurons // num_experts)
+    root_m, rest_m = by_spread_m[:own], by_spread_m[own:]
+    rest_m = rest_m.sort().values
+    if len(rest_m) == 0:
+        return root_m
     if features == "weights":
         points = weight_features((up_dm if gate_dm is None else gate_dm).t().float())
     elif features == "activations":
         points = activation_features(hidden_Tm, top=max(1, ffn.neurons // 100))
     else:
         points = output_features(down_md.t().float(), hidden_Tm.norm(dim=0) / hidden_Tm.shape[0] ** 0.5)
-    labels_m = balanced_kmeans(points, num_experts, seed=seed).labels_m
-    energy_m = hidden_Tm.square().mean(0) * down_md.float().square().sum(1)
-    usage_E = energy_m.new_zeros(num_experts).index_add_(0, labels_m, energy_m)
-    return permutation(order_by_usage(labels_m, usage_E))
+    labels_m = balanced_kmeans(points[rest_m], num_experts - roots, seed=seed).labels_m
+    usage_E = energy_m.new_zeros(num_experts - roots).index_add_(0, labels_m, energy_m[rest_m])
+    return torch.cat([root_m, rest_m[permutation(order_by_usage(labels_m, usage_E))]])
 
 
 def hidden_of(ffn: FFN, x_Td: Tensor) -> Tensor:
@@ -100,6 +112,8 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, rank: int, den
     """
     num_experts, hidden = layer.slots, x_Td.shape[1]
     ffn = layer.ffn
+    # Every chunk of tokens a fair sample, for the text is often ordered by where it comes from.
+    x_Td = x_Td[torch.randperm(len(x_Td), generator=torch.Generator().manual_seed(seed)).to(x_Td.device)]
     down_End = layer.slots_out(layer.matrices()[2]).float()
     center_m = torch.zeros_like(down_End[..., 0]).flatten()
     if standin != "none":

@@ -240,8 +240,11 @@ def get_sam_model(
         for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
             x_Td = layer_inputs(model, ffn.entry, batches, DISCOVERY_TOKENS)
             orders.append(
-                discover(ffn, x_Td, num_experts=config.num_experts, features=config.features, seed=config.seed + index)
-            )
+                discover(
+                    ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
+                    seed=config.seed + index,
+                )
+            )  # fmt: skip
         for ffn, order_m in zip(ffns, orders, strict=True):
             permute_neurons(ffn, order_m)
         _install(model, config, ffns, layers)

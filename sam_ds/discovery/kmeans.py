@@ -147,7 +147,8 @@ def _lloyd(points_md: Tensor, square_m: Tensor, centers_Ed: Tensor, max_iteratio
 
     def assign(to_Ed: Tensor, own_m: FloatArray | None = None) -> IntArray:
         # ||w||^2 and ||c||^2 are left out: with equal sizes they add the same to every assignment.
-        cost_Em = ((to_Ed.mean(0) - to_Ed) @ points_md.t()).cpu().numpy().astype(np.float64)
+        cost_mE = points_md @ -to_Ed.t()
+        cost_Em = cost_mE.cpu().numpy().T.astype(np.float64, order="C")
         if own_m is not None:
             cost_Em[labels_m, np.arange(points)] += own_m
         return balanced_assignment(cost_Em)
@@ -157,14 +158,15 @@ def _lloyd(points_md: Tensor, square_m: Tensor, centers_Ed: Tensor, max_iteratio
         return F.one_hot(torch.from_numpy(labels_m).to(points_md.device), clusters).to(points_md.dtype).t()
 
     def score(sum_Ed: Tensor) -> float:
-        return float((sum_Ed - sum_Ed.mean(0)).square().sum(dtype=torch.float64)) / size
+        return float(torch.linalg.vector_norm(sum_Ed, dtype=torch.float64)) ** 2 / size
 
-    labels_m = assign(centers_Ed)
+    labels_m = assign(centers_Ed - centers_Ed.mean(0))
     sum_Ed = member(labels_m) @ points_md
+    mean_d = sum_Ed.mean(0) / size
+    # Around the mean, once for all: a part common to all points moves none of them, and a move keeps the mean.
+    sum_Ed -= size * mean_d
     best, iterations = score(sum_Ed), 1
-    mean_d = sum_Ed.sum(0) / points
-    # Around the mean: a part common to all points moves none of them.
-    spread_m = (square_m - 2 * points_md @ mean_d + mean_d.square().sum()).clamp(min=0).double().cpu().numpy()
+    spread_m = (square_m - points_md @ (2 * mean_d) + mean_d.square().sum()).clamp(min=0).double().cpu().numpy()
     variance = float(spread_m.sum())
     moved_m = np.arange(points)
     for shift in _SHIFTS:
@@ -259,8 +261,8 @@ def _start_prices(cost_Em: FloatArray) -> FloatArray:
         return price_E
     # numpy, not torch: arrays this small are done before a second thread has started.
     relative_Em = (relative_Em / spread).astype(np.float32)
-    for temperature in 0.25 ** np.arange(6.0):
-        for _ in range(2):
+    for temperature in 0.5 ** np.arange(11.0):
+        for _ in range(4):
             share_Em = relative_Em + price_E[:, None].astype(np.float32)
             share_Em *= np.float32(-1 / temperature)
             share_Em -= share_Em.max(axis=0)

@@ -94,6 +94,7 @@ class TrainSection(Checked):
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone
     lora_rank: Count = 16
     lora_alpha: Positive = 16.0
+    whole: Probability = 0.0  # share of the steps that visit all experts held: the merged model's part (1903.05134)
     dense: bool = True  # also what belongs to no expert: all of it beside `full` rows, the norms beside `lora` slices
 
 

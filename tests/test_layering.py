@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["data", "graph", "wire", "discovery", "experts", "evaluation", "clients", "federation", "bench"]
+ROOMS = ["data", "graph", "wire", "discovery", "experts", "evaluation", "clients", "federation", "bench", "commands"]
 COMMON = {"errors", "tables", "checked", "config"}  # below every room; they import no room
 PURE = ["sam_ds/graph", "sam_ds/wire",
         "sam_ds/federation/participation.py", "sam_ds/federation/aggregation.py"]

@@ -150,3 +150,17 @@ def test_learning_rate_rises_falls_and_decays_over_the_rounds():
                                 "federation.rounds=5"])  # fmt: skip
     assert [learning_rate(config, 1, step) for step in range(8)] == [0.5, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert [learning_rate(config, round_, 1) / 0.875 for round_ in range(1, 7)] == [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("whole", "routed"), [(1.0, 0), (0.5, 1), (0.0, 2)])
+def test_whole_steps_visit_all_experts_held(tiny, new_worker, tmp_path, whole, routed):
+    """Nothing is routed in them, so nothing is counted; the tiny run has two local steps."""
+    overrides = (f"train.whole={whole}",)
+    server = Federation.of(tiny.config(tmp_path / "run", *overrides), tiny.base).server
+    result = new_worker(*overrides).train(task_for(server, LARGE))
+    steps = server.config.train.steps
+    assert steps == 2
+    for _, _, together in result.counters:
+        assert together[0, 1] == result.tokens * routed / steps
+    gate = [delta for unit, delta in result.deltas.items() if isinstance(unit, ExpertUnit) and unit.tensor == "wg"]
+    assert any(delta.any() for delta in gate) == (routed > 0)

@@ -46,7 +46,8 @@ class TierEngine:
         model = from_pretrained(folder, dtype=torch.float32)
         self.store = StandInStore(model)
         slots = tier.experts if self.sparse else config.sam.num_experts
-        to_slots(model, slots, config.sam.top_k if self.sparse else slots)
+        self.top_k = config.sam.top_k if self.sparse else slots
+        to_slots(model, slots, self.top_k)
         if self.sparse:
             add_assembler(model, seed=config.seed)
         settings = config.train
@@ -91,8 +92,14 @@ class TierEngine:
         self.engine.train()
         return units
 
-    def step(self, ids_BS: Tensor, lr: float) -> float:
-        """One optimizer step on this rank's share of the batch; the loss in nats a token."""
+    def step(self, ids_BS: Tensor, lr: float, *, whole: bool = False) -> float:
+        """One optimizer step on this rank's share of the batch; the loss in nats a token.
+
+        `whole`: every token visits all experts held. What is learned over routes alone fits the sparse model, not
+        the merged one; slimmable networks train their largest width beside the smaller ones for the same reason.
+        """
+        for layer in self.layers:
+            layer.top_k = layer.slots if whole else min(self.top_k, layer.slots)
         share = ids_BS.chunk(len(self.group.ranks))[self.group.position].to(self.engine.device)
         set_learning_rate(self.engine, lr)
         loss = self.engine(input_ids=share, labels=share, use_cache=False).loss
@@ -129,6 +136,7 @@ class TierEngine:
             self.checkpoint.read_experts(field, most_used[field.layer], values[field.parameter])
         for index, layer in enumerate(self.layers):
             layer.counters = None
+            layer.top_k = min(self.top_k, layer.slots)
             layer.sam.adjacency_SS.fill_(True).triu_(1)
             name = next(n for n, p in self.engine.module.named_parameters() if p is layer.sam.wg)
             values[name] = self.store.wg[index][: layer.slots]

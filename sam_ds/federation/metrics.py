@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sam_ds.evaluation.costs import ffn_flops, training_flops
+from sam_ds.experts.layer import SamFFN
 from sam_ds.federation.participation import ClientPlan
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import ServerState, write_atomically
@@ -86,14 +87,19 @@ class RoundClock:
 def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     """FLOPs of a client's local training on this many tokens, attention and embeddings included."""
     section, layers = server.config.sam, server.model.sam_layers
-    ffn = sum(
-        ffn_flops(
+
+    def forward(layer: SamFFN, active: int) -> float:
+        return ffn_flops(
             hidden=layer.sam.wg.shape[1], neurons=layer.neurons * server.num_experts, num_experts=server.num_experts,
-            active=min(section.top_k, len(held)) if server.method.sparse else server.num_experts,
-            gated=layer.ffn_names[1] is not None, standin_rank=section.standin_rank, standin=section.standin,
-        )
-        for layer, held in zip(layers, client.experts, strict=True)
-    )  # fmt: skip
+            active=active, gated=layer.ffn_names[1] is not None, standin_rank=section.standin_rank,
+            standin=section.standin,
+        )  # fmt: skip
+
+    whole = server.config.train.whole if server.method.sparse else 1.0
+    ffn = 0.0
+    for layer, held in zip(layers, client.experts, strict=True):
+        most = len(held) if server.method.sparse else server.num_experts
+        ffn += whole * forward(layer, most) + (1.0 - whole) * forward(layer, min(section.top_k, most))
     frozen = server.trains.startswith("lora")
     return tokens * training_flops(other_parameters=server.other_parameters(), ffn=ffn, frozen=frozen)
 

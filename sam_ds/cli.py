@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="sam-ds", description="Self-assembling expert graphs.")
     commands = parser.add_subparsers(dest="command", required=True)
+    _convert(commands.add_parser("convert", help="a plain model to one of expert graphs, with calibration text"))
+    _inspect(commands.add_parser("inspect", help="sizes, graphs and use of the experts of a converted model"))
     _perplexity(commands.add_parser("perplexity", help="token-weighted perplexity of a model on held-out text"))
     report = commands.add_parser("report", help="write report.html of a run, also of one under way")
     report.add_argument("folder", metavar="RUN", help="the run folder")
@@ -38,6 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"sam-ds {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id of a dense causal language model")
+    parser.add_argument("out", help="folder to write; it must not exist, or be empty")
+    parser.add_argument("--calibration", metavar="DATA", required=True, help=_DATA + "; its train text is read")
+    parser.add_argument("--tokens", type=int, default=16384, help="of calibration text, evenly over the domains")
+    parser.add_argument("--experts", type=int, default=16, help="num_experts: must divide the neurons of a layer")
+    parser.add_argument("--active", type=int, default=12, help="top_k: experts a token visits, roots included")
+    parser.add_argument("--roots", type=int, default=2, help="experts that every token visits")
+    parser.add_argument("--features", default="weights", help="cluster by: weights, activations or output")
+    parser.add_argument("--standin", default="linear", help="for experts not visited: none, mean or linear")
+    parser.add_argument("--standin-rank", type=int, default=16, help="of the linear stand-ins")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a converted folder")
+    parser.add_argument("--data", metavar="DATA", help=_DATA + "; its valid text is read")
+    parser.add_argument("--tokens", type=int, default=16384, help="of that text, evenly over the domains")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--svg", metavar="FILE", help="draw the graphs of all layers")
 
 
 def _perplexity(parser: argparse.ArgumentParser) -> None:

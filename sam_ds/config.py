@@ -43,6 +43,7 @@ class SamSection(Checked):
     standin: Literal["none", "mean", "linear"] = "linear"  # what represents an expert that is not visited
     standin_rank: Count = 16  # q
     calibration_tokens: Count = 16384
+    allocation: Literal["uniform", "sensitivity"] = "sensitivity"  # k of every layer, or on average over the layers
     density: Fraction = 0.5  # of the E (E - 1) / 2 possible edges of a layer, in the first graph
 
 

@@ -477,7 +477,7 @@ def test_what_trains_has_one_owner_and_is_written_where_it_was_read(model_type, 
     """On a client, whose slots hold three of the experts."""
     held = ((0, 1, 4), (0, 1, 7))
     model = convert(build(model_type))
-    to_slots(model, 3, 3)
+    to_slots(model, 3)
     add_assembler(model, seed=0)
     prepare(model, trains, rank=3, alpha=6.0, seed=7, dense=True)
     fields, shared = trained_fields(model, trains), shared_parameters(model, trains, dense=True)

@@ -42,7 +42,9 @@ def client(folder, full, held, top_k, graph_LEE, trains="full"):
     """The slot model of a client, filled as a worker fills it: what trains from units, the rest from the disk."""
     model = from_pretrained(folder)
     store = StandInStore(model)
-    to_slots(model, len(held[0]), top_k)
+    for layer in model.sam_layers:
+        layer.top_k = top_k
+    to_slots(model, len(held[0]))
     prepare(model, trains, rank=4, alpha=4.0, seed=0)
     if trains == "lora":
         prepare(full, trains, rank=4, alpha=4.0, seed=0)
@@ -128,12 +130,14 @@ def test_one_engine_serves_one_client_after_the_other(folder, full):
 def test_all_slots_are_the_whole_model(folder, full):
     ids = torch.randint(3, 97, (3, 17), generator=torch.Generator().manual_seed(0))
     model = client(folder, full, EVERY, 4, full.graph())
+    for layer in full.sam_layers:
+        layer.top_k = 4
     assert torch.equal(model(input_ids=ids).logits, full(input_ids=ids).logits)
 
 
 def test_a_slot_model_is_smaller_and_holds_no_second_copy(folder, full):
     model = from_pretrained(folder)
-    to_slots(model, 5, 4)
+    to_slots(model, 5)
     for layer, whole in zip(model.sam_layers, full.sam_layers, strict=True):
         for ours, theirs in zip(layer.matrices(), whole.matrices(), strict=True):
             assert ours is None and theirs is None or ours.numel() * 8 == theirs.numel() * 5

@@ -154,7 +154,7 @@ def test_a_client_reads_and_writes_its_own_experts_only(model, trains):
     """Held experts go through the slots of a small model and come back; the others stay out."""
     held = ((0, 1, 4), (0, 1, 7))
     client = copy.deepcopy(model)
-    to_slots(client, 3, 3)
+    to_slots(client, 3)
     fields, shared = plan(model, trains)
     scramble(model)
     units = read_units(fields, shared, dict(model.named_parameters()), EVERY)
@@ -185,7 +185,7 @@ FROZEN = ("up_in", "down_out", "gate_in")
 
 def test_the_frozen_factors_are_those_of_the_run_whatever_a_client_holds(model):
     client = copy.deepcopy(model)
-    to_slots(client, 3, 3)
+    to_slots(client, 3)
     for one in (model, client):
         prepare(one, "lora", rank=3, alpha=6.0, seed=7)
     ours, theirs = dict(client.named_parameters()), dict(model.named_parameters())

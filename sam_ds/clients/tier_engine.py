@@ -46,8 +46,9 @@ class TierEngine:
         model = from_pretrained(folder, dtype=torch.float32)
         self.store = StandInStore(model)
         slots = tier.experts if self.sparse else config.sam.num_experts
-        self.top_k = config.sam.top_k if self.sparse else slots
-        to_slots(model, slots, self.top_k)
+        self.budgets = [layer.top_k for layer in model.sam_layers]
+        """Experts that a token visits in each layer, of the full model."""
+        to_slots(model, slots)
         if self.sparse:
             add_assembler(model, seed=config.seed)
         settings = config.train
@@ -98,14 +99,17 @@ class TierEngine:
         `whole`: every token visits all experts held. What is learned over routes alone fits the sparse model, not
         the merged one; slimmable networks train their largest width beside the smaller ones for the same reason.
         """
-        for layer in self.layers:
-            layer.top_k = layer.slots if whole else min(self.top_k, layer.slots)
+        self._visit(whole=whole)
         share = ids_BS.chunk(len(self.group.ranks))[self.group.position].to(self.engine.device)
         set_learning_rate(self.engine, lr)
         loss = self.engine(input_ids=share, labels=share, use_cache=False).loss
         self.engine.backward(loss)
         self.engine.step()
         return float(loss.detach())
+
+    def _visit(self, *, whole: bool) -> None:
+        for layer, budget in zip(self.layers, self.budgets, strict=True):
+            layer.top_k = layer.slots if whole or not self.sparse else min(budget, layer.slots)
 
     def read(self, held: Sequence[Sequence[int]]) -> dict[Unit, Tensor]:
         """The units as they are now."""
@@ -136,7 +140,6 @@ class TierEngine:
             self.checkpoint.read_experts(field, most_used[field.layer], values[field.parameter])
         for index, layer in enumerate(self.layers):
             layer.counters = None
-            layer.top_k = min(self.top_k, layer.slots)
             layer.sam.adjacency_SS.fill_(True).triu_(1)
             name = next(n for n, p in self.engine.module.named_parameters() if p is layer.sam.wg)
             values[name] = self.store.wg[index][: layer.slots]
@@ -155,7 +158,7 @@ class TierEngine:
             layer = self.layers[index]
             score_TE = F.linear(x_Td.float(), self.store.wg[index].to(x_Td.device))
             full_EE = torch.ones(score_TE.shape[1], score_TE.shape[1], dtype=torch.bool, device=x_Td.device).triu(1)
-            routing = route(score_TE, full_EE, roots=layer.roots, k=self.config.sam.top_k)
+            routing = route(score_TE, full_EE, roots=layer.roots, k=self.budgets[index])
             scores.append(score_TE.mean(0))
             rates.append(routing.visited_TS.float().mean(0))
 
@@ -165,6 +168,7 @@ class TierEngine:
             )
             for index, layer in enumerate(self.layers)
         ]
+        self._visit(whole=False)
         self.engine.eval()
         self.engine(input_ids=ids_BS.to(self.engine.device), use_cache=False)
         for handle in handles:

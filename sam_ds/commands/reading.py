@@ -1,13 +1,20 @@
-"""What several commands read: models, whose loaders fail in many ways, and rows of tokens from a corpus."""
+"""What several commands read: models, whose loaders fail in many ways, and rows of tokens from a corpus.
+
+B rows, S tokens a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sam_ds.errors import InputError
+from sam_ds.evaluation.domains import document_ids
 
 
 @contextmanager
@@ -20,3 +27,24 @@ def readable(model: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"model {model!r} cannot be loaded: {line}") from error
+
+
+def token_rows(
+    texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, *, window: int, tokens: int
+) -> Tensor:
+    """(B, S) int64: about `tokens` tokens, the same share of every domain, in rows of at most `window`.
+
+    Domains of less text than their share give what they have. Raises InputError where there is no text at all.
+    """
+    share = -(-tokens // len(texts))
+    ids = [document for domain in texts.values() for document in document_ids(tokenizer, domain, share)]
+    read = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+    if len(read) == 0:
+        raise InputError(f"there is no text in {', '.join(texts)}: add some")
+    row = min(window, len(read))
+    return read[: len(read) // row * row].view(-1, row)
+
+
+def window_of(model: PreTrainedModel) -> int:
+    """Tokens a row for reading text with `model`: 256, or its context where that is shorter."""
+    return min(256, getattr(model.config, "max_position_embeddings", None) or 256)

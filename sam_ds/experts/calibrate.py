@@ -37,12 +37,16 @@ class _Reached(Exception):
     """The layer's input is known; the rest of the model need not run."""
 
 
+def evenly(batches: list[Tensor], tokens: int) -> list[Tensor]:
+    """Sequences of about so many tokens in all, taken evenly: text is often ordered by where it comes from."""
+    step = max(1, sum(ids_BS.numel() for ids_BS in batches) // tokens)
+    return [ids_BS[::step] for ids_BS in batches]
+
+
 @torch.no_grad()
 def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], limit: int | None = None) -> Tensor:
     """(T, d) inputs of `module` over the calibration tokens: all of them, or of about `limit` taken evenly."""
     seen: list[Tensor] = []
-    # Evenly, for the text is often ordered by where it comes from.
-    step = 1 if limit is None else max(1, sum(ids.numel() for ids in batches) // limit)
 
     def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
@@ -50,8 +54,8 @@ def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], lim
 
     handle = module.register_forward_pre_hook(catch)
     try:
-        for ids_BS in batches:
-            for rows in ids_BS[::step].split(_BATCH):
+        for ids_BS in batches if limit is None else evenly(batches, limit):
+            for rows in ids_BS.split(_BATCH):
                 try:
                     model(input_ids=rows.to(next(model.parameters()).device), use_cache=False)
                 except _Reached:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sam_ds.errors import InputError, nearest
+from sam_ds.experts.allocation import allocate, lost_curves
 from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
 from sam_ds.experts.layer import SamFFN, check_layers
 from sam_ds.experts.surgery import FFN, find_ffns, install, permute_neurons, uninstall
@@ -52,6 +53,8 @@ class SamConfig:
     """What stands in for an expert not visited: `none`, `mean` or `linear`."""
     standin_rank: int = 16
     """q, rank of the `linear` stand-ins."""
+    allocation: str = "sensitivity"
+    """Whether every layer visits top_k (`uniform`), or top_k on average, more where the loss feels it more."""
     density: float = 0.5
     """Share of the E (E - 1) / 2 possible edges that the initial graph has."""
     seed: int = 0
@@ -65,7 +68,7 @@ class SamConfig:
             raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}; lower it")
         if not 0.0 < self.density <= 1.0:
             raise InputError(f"density must be in (0, 1], got {self.density}")
-        for name, choices in (("features", ("weights", "activations", "output")), ("standin", _STANDINS)):
+        for name, choices in _CHOICES:
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.standin_rank < 1:
@@ -86,7 +89,11 @@ class SamConfig:
         return self.standin_rank if self.standin == "linear" else 0
 
 
-_STANDINS = ("none", "mean", "linear")
+_CHOICES = (
+    ("features", ("weights", "activations", "output")),
+    ("standin", ("none", "mean", "linear")),
+    ("allocation", ("uniform", "sensitivity")),
+)
 
 
 class SamMixin:
@@ -96,6 +103,8 @@ class SamMixin:
     sam_layers: list[SamFFN]
     sam_affinity_LEE: Tensor
     """Co-activation of the experts on the calibration text: the assembler's prior."""
+    sam_lost_LK: Tensor | None
+    """(L, E + 1) what a layer costs at each budget (`experts.allocation`); None: every layer has the same."""
     sam_assembler: Assembler | None
     sam_condition: Tensor | None
     """(L, E + 1) what the assembler knows of the client."""
@@ -129,9 +138,16 @@ class SamMixin:
             held = contract(mask_EE, layer.held.tolist())
             layer.sam.adjacency_SS.copy_(torch.from_numpy(held))
 
+    def budgets(self, top_k: int) -> list[int]:
+        """Experts that a token visits in each layer, `top_k` on average (`SamConfig.allocation`)."""
+        if self.sam_lost_LK is None:
+            return [top_k] * len(self.sam_layers)
+        return allocate(self.sam_lost_LK, top_k, self.sam_config.roots)
+
     @contextmanager
     def active(self, top_k: int) -> Iterator[None]:
-        """Visit `top_k` experts a token inside the block; num_experts computes exactly the dense model.
+        """Visit `top_k` experts a token inside the block, on average over the layers; num_experts computes exactly
+        the dense model.
 
         Raises InputError if top_k is below the number of roots or above num_experts.
         """
@@ -139,8 +155,8 @@ class SamMixin:
             raise InputError(f"top_k must be from roots={self.sam_config.roots} to "
                              f"num_experts={self.sam_config.num_experts}, got {top_k}")  # fmt: skip
         before = [layer.top_k for layer in self.sam_layers]
-        for layer in self.sam_layers:
-            layer.top_k = top_k
+        for layer, budget in zip(self.sam_layers, self.budgets(top_k), strict=True):
+            layer.top_k = budget
         try:
             yield
         finally:
@@ -173,7 +189,7 @@ class SamMixin:
         assert isinstance(self, PreTrainedModel)
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
             uninstall(self, site, original, layer.ffn)
-        for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_condition", "_sam_original"):
+        for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_lost_LK", "sam_condition", "_sam_original"):
             delattr(self, name)
         del self.sam_assembler
         self.__class__ = type(self).__mro__[2]
@@ -192,6 +208,8 @@ class SamMixin:
         super().save_pretrained(save_directory, state_dict=plain, **kwargs)  # type: ignore[misc]
         own = {name: value for name, value in state.items() if name.startswith(tuple(added))}
         own |= {"affinity_LEE": self.sam_affinity_LEE}
+        if self.sam_lost_LK is not None:
+            own["lost_LK"] = self.sam_lost_LK
         folder = Path(save_directory)
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / TENSOR_FILE)
         record = {"version": _VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
@@ -245,9 +263,14 @@ def get_sam_model(
                     seed=config.seed + index,
                 )
             )  # fmt: skip
+        lost_LK = None
+        if config.allocation == "sensitivity":
+            lost_LK = lost_curves(
+                model, ffns, orders, batches, num_experts=config.num_experts, roots=config.roots, seed=config.seed
+            )
         for ffn, order_m in zip(ffns, orders, strict=True):
             permute_neurons(ffn, order_m)
-        _install(model, config, ffns, layers)
+        _install(model, config, ffns, layers, lost_LK)
         try:
             affinity = []
             for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
@@ -284,9 +307,9 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     config = SamConfig.from_dict(record["sam"])
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     ffns = find_ffns(model)
-    _install(model, config, ffns, _wrap(ffns, config))
     with safe_open(folder / TENSOR_FILE, "pt") as tensors:
         own = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    _install(model, config, ffns, _wrap(ffns, config), own.pop("lost_LK", None))
     model.sam_affinity_LEE = own.pop("affinity_LEE")
     if any(name.startswith("sam_assembler.") for name in own):
         add_assembler(model, seed=config.seed)
@@ -312,7 +335,9 @@ def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
     ]  # fmt: skip
 
 
-def _install(model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers: list[SamFFN]) -> None:
+def _install(
+    model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers: list[SamFFN], lost_LK: Tensor | None = None
+) -> None:
     original = {}
     for ffn, layer in zip(ffns, layers, strict=True):
         layer.train(ffn.module.training)
@@ -334,6 +359,9 @@ def _install(model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers:
     model.sam_assembler = None
     model.sam_condition = None
     model.sam_affinity_LEE = torch.ones(len(layers), config.num_experts, config.num_experts)
+    model.sam_lost_LK = lost_LK
+    for layer, budget in zip(layers, model.budgets(config.top_k), strict=True):
+        layer.top_k = budget
 
 
 def add_assembler(model: PreTrainedModel, *, seed: int) -> None:

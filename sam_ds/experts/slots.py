@@ -21,9 +21,9 @@ from sam_ds.experts.surgery import shrink
 from sam_ds.experts.units import Field
 
 
-def to_slots(model: PreTrainedModel, slots: int, top_k: int) -> None:
-    """Shrink every layer, in place, to `slots` experts, of which a token visits min(top_k, slots). Contents are
-    undefined until `hold_experts` and the weights' loading."""
+def to_slots(model: PreTrainedModel, slots: int) -> None:
+    """Shrink every layer, in place, to `slots` experts, of which a token visits as many as before or all. Contents
+    are undefined until `hold_experts` and the weights' loading."""
     assert isinstance(model, SamMixin)
     for layer in model.sam_layers:
         if slots < layer.num_experts:
@@ -35,7 +35,7 @@ def to_slots(model: PreTrainedModel, slots: int, top_k: int) -> None:
             parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
             layer.slots = slots
             layer.held = torch.arange(slots)
-        layer.top_k = min(top_k, slots)
+        layer.top_k = min(layer.top_k, slots)
     # The dense originals keep the full matrices alive.
     model._sam_original = dict.fromkeys(model._sam_original)
 

@@ -99,7 +99,7 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     ffn = 0.0
     for layer, held in zip(layers, client.experts, strict=True):
         most = len(held) if server.method.sparse else server.num_experts
-        ffn += whole * forward(layer, most) + (1.0 - whole) * forward(layer, min(section.top_k, most))
+        ffn += whole * forward(layer, most) + (1.0 - whole) * forward(layer, min(layer.top_k, most))
     frozen = server.trains.startswith("lora")
     return tokens * training_flops(other_parameters=server.other_parameters(), ffn=ffn, frozen=frozen)
 

@@ -29,7 +29,8 @@ def sam_config(config: RunConfig) -> SamConfig:
     section = config.sam
     return SamConfig(
         num_experts=section.num_experts, top_k=section.top_k, roots=section.roots, features=section.features,
-        standin=section.standin, standin_rank=section.standin_rank, density=section.density, seed=config.seed,
+        standin=section.standin, standin_rank=section.standin_rank, allocation=section.allocation,
+        density=section.density, seed=config.seed,
     )  # fmt: skip
 
 

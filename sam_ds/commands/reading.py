@@ -41,8 +41,9 @@ def token_rows(
     read = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
     if len(read) == 0:
         raise InputError(f"there is no text in {', '.join(texts)}: add some")
-    row = min(window, len(read))
-    return read[: len(read) // row * row].view(-1, row)
+    # Rows of one length that leave out fewest: less than a token a row.
+    rows = -(-len(read) // window)
+    return read[: len(read) // rows * rows].view(rows, -1)
 
 
 def window_of(model: PreTrainedModel) -> int:

@@ -1,0 +1,99 @@
+"""`sam-ds convert MODEL OUT --calibration DATA`: a plain model in, a folder of expert graphs out.
+
+What is cheap to refuse is refused first; OUT appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sam_ds.commands.reading import readable, token_rows, window_of
+from sam_ds.data.corpus import load_corpus
+from sam_ds.errors import InputError
+from sam_ds.evaluation.experts import describe, percent
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.model import SamConfig, get_sam_model, is_converted
+from sam_ds.experts.surgery import find_ffns
+
+
+def run(options: argparse.Namespace) -> int:
+    """Raises InputError for what `SamConfig`, `load_corpus` and `get_sam_model` refuse, a model that cannot be read,
+    is converted already or holds values that are not finite, and an OUT that is not empty or cannot be written."""
+    config = SamConfig(
+        num_experts=options.experts, top_k=options.active, roots=options.roots, features=options.features,
+        standin=options.standin, standin_rank=options.standin_rank, seed=options.seed,
+    )  # fmt: skip
+    if options.tokens < 1:
+        raise InputError(f"--tokens must be at least 1, got {options.tokens}")
+    if is_converted(options.model):
+        raise InputError(f"{options.model} is converted already: give the plain model, or merge this one "
+                         "(from_pretrained, merge_and_unload, save_pretrained) and convert that")  # fmt: skip
+    _check_target(Path(options.out))
+    _check_architecture(options.model, config)
+    corpus = load_corpus(options.calibration, public_every=0)
+    with readable(options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    _check_finite(model)
+    texts = {name: splits.train for name, splits in corpus.domains.items()}
+    ids_BS = token_rows(texts, tokenizer, window=window_of(model), tokens=options.tokens)
+    with _complete(Path(options.out)) as folder:
+        start = time.perf_counter()
+        get_sam_model(model, config, calibration=ids_BS)
+        seconds = time.perf_counter() - start
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    for index, layer in enumerate(describe(model)):
+        rarest, most = min(layer.usage), max(layer.usage[layer.roots :], default=1.0)
+        print(f"layer {index}: {layer.summary()}, others visited by {percent(rarest)} to {percent(most)} of the tokens")
+    print(f"{options.out}: {len(model.sam_layers)} layers, {ids_BS.numel()} tokens, {seconds:.1f} s")
+    return 0
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder: nothing is overwritten, choose another")
+
+
+def _check_architecture(model: str, config: SamConfig) -> None:
+    """What the model's configuration alone can say, before its weights are read."""
+    with readable(model):
+        architecture = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(architecture)
+    for ffn in find_ffns(empty):
+        SamFFN(
+            ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=config.rank
+        )  # fmt: skip
+
+
+def _check_finite(model: nn.Module) -> None:
+    """One NaN would spread over a fit; no forward pass says which weight it came from."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name} of the model holds values that are not finite: the checkpoint is damaged, "
+                             "or its precision too low for it")  # fmt: skip
+
+
+@contextmanager
+def _complete(out: Path) -> Iterator[Path]:
+    """A folder to write to beside `out`, which takes its place in one step if nothing is raised inside."""
+    out = out.expanduser().resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            folder = Path(scratch) / "model"
+            yield folder
+            os.replace(folder, out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error}") from error

@@ -121,7 +121,8 @@ def moe_output(layer, x_Td):
     up_b, gate_b, down_b = layer.ffn.biases()
     rows = []
     for t, x_d in enumerate(x_Td):
-        y_d = parts.mean_all_d + parts.out_all_qd.t() @ (parts.basis_dq.t() @ x_d)
+        y_d = absent_standins(parts, x_d)
+        y_d = y_d + sum(standin_output(parts, slot, x_d[None])[0] for slot in range(layer.slots))
         weights = {root: torch.tensor(1.0) for root in range(layer.roots)}
         for j, expert in enumerate(routing.chosen_TJ[t].tolist()):
             if expert >= 0:
@@ -136,8 +137,7 @@ def moe_output(layer, x_Td):
             else:
                 gate_n = x_d @ gate_dm[:, own] if gate_b is None else x_d @ gate_dm[:, own] + gate_b[own]
                 hidden_n = layer.activation(gate_n) * hidden_n
-            standin_d = parts.mean_Sd[expert] + parts.out_Sqd[expert].t() @ (parts.basis_dq.t() @ x_d)
-            y_d = y_d + weight * (hidden_n @ down_md[own] - standin_d)
+            y_d = y_d + weight * (hidden_n @ down_md[own] - standin_output(parts, expert, x_d[None])[0])
         if down_b is not None:
             y_d = y_d + down_b
         rows.append(y_d)
@@ -158,7 +158,7 @@ def masked_dense(layers, places):
             for t, scores_S in enumerate((x_Td @ parts.wg.t()).numpy()):
                 left_TS[t, walk(scores_S, parts.adjacency_SS.numpy(), layer.roots, layer.top_k).visited] = False
             seen["left_TS"] = left_TS
-            standins_TSd = parts.mean_Sd + torch.einsum("td,dq,sqo->tso", x_Td, parts.basis_dq, parts.out_Sqd)
+            standins_TSd = torch.stack([standin_output(parts, slot, x_Td) for slot in range(layer.slots)], dim=1)
             seen["standins_Td"] = (standins_TSd * left_TS[:, :, None]).sum(1)
 
         def mask(_, args, layer=layer, seen=seen):
@@ -202,8 +202,18 @@ def expert_output(layer, expert, x_Td):
 
 
 def standin_output(parts, expert, x_Td):
-    """s_e(x) = mu_e + U_e V x, one expert."""
-    return parts.mean_Sd[expert] + (x_Td @ parts.basis_dq) @ parts.out_Sqd[expert]
+    """s_e(x) = C_e [V x, 1] W, one expert."""
+    return with_bias(x_Td @ parts.basis_dq) @ parts.core_SQp[expert] @ parts.spread_pd
+
+
+def absent_standins(parts, x_d):
+    """The stand-ins of the experts that a layer does not hold."""
+    absent_Qp = parts.core_all_Qp - sum(parts.core_SQp)
+    return with_bias((x_d @ parts.basis_dq)[None])[0] @ absent_Qp @ parts.spread_pd
+
+
+def with_bias(z_Tq):
+    return torch.nn.functional.pad(z_Tq, (0, 1), value=1.0)
 
 
 def ridge_oracle(x_TF, y_TO, strength):

@@ -21,12 +21,10 @@ def fill(layer, seed):
     parts = layer.sam
     with torch.no_grad():
         parts.wg.copy_(torch.randn(parts.wg.shape, generator=generator))
-        for buffer in (parts.mean_Sd, parts.out_Sqd, parts.basis_dq):
-            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
-        parts.mean_Sd[: layer.roots] = 0
-        parts.out_Sqd[: layer.roots] = 0
-        parts.mean_all_d.copy_(parts.mean_Sd.sum(0))
-        parts.out_all_qd.copy_(parts.out_Sqd.sum(0))
+        for buffer in (parts.core_SQp, parts.basis_dq, parts.spread_pd):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+        parts.core_SQp[: layer.roots] = 0
+        parts.core_all_Qp.copy_(parts.core_SQp.sum(0))
         graph = random_graph(layer.slots, 2 * layer.slots, layer.roots, np.random.default_rng(seed))
         parts.adjacency_SS.copy_(torch.from_numpy(graph))
 

@@ -174,9 +174,9 @@ def test_ffn_flops_by_hand() -> None:
     assert ffn_flops(**layer, active=8, standin="linear") == 3840
     assert ffn_flops(**layer | {"gated": False}, active=8, standin="none") == 2560
     assert ffn_flops(**layer, active=2, standin="none") == 960 + 160
-    assert ffn_flops(**layer, active=2, standin="mean") == 960 + 160 + 20
-    assert ffn_flops(**layer, active=2, standin="linear") == 960 + 160 + 2 * (2 + 2) * 3 * 10  # complement
-    assert ffn_flops(**layer, active=6, standin="linear") == 2880 + 160 + 2 * (1 + 8 - 6) * 3 * 10  # direct
+    # V x, the cores of all experts, the output basis; the means have no V, and an output direction an expert.
+    assert ffn_flops(**layer, active=2, standin="mean") == 960 + 160 + 2 * (8 * 8 + 8 * 10)
+    assert ffn_flops(**layer, active=2, standin="linear") == 960 + 160 + 2 * (3 * 10 + 8 * 4 * 9 + 9 * 10)
     assert ffn_flops(**layer, active=2.5, standin="none") == 1200 + 160
 
 

@@ -36,15 +36,25 @@ def linear_problem(rank=Q):
     return chunks, shift_Ed, basis_dq, out_Eqd
 
 
+def fit(chunks, mean_Ed, rank, outputs=D):
+    return fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=rank, outputs=outputs)
+
+
+def parts_of(fitted):
+    """(E, d) the constants and (E, d, d) the linear maps of the stand-ins."""
+    w_EQd = fitted.core_EQp @ fitted.spread_pd
+    return w_EQd[:, -1], fitted.basis_dq @ w_EQd[:, :-1]
+
+
 def test_a_left_out_output_that_is_linear_of_the_rank_is_recovered():
     chunks, shift_Ed, basis_dq, out_Eqd = linear_problem()
     mean_Ed = torch.randn(E, D)
     mean_Ed[0] = 0
-    fitted = fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=Q)
-    for e in range(ROOTS, E):
-        torch.testing.assert_close(fitted.mean_Ed[e] - mean_Ed[e], shift_Ed[e], atol=5e-3, rtol=0)
-        torch.testing.assert_close(fitted.basis_dq @ fitted.out_Eqd[e], basis_dq @ out_Eqd[e], atol=5e-3, rtol=0)
-    assert fitted.basis_dq.shape == (D, Q)
+    fitted = fit(chunks, mean_Ed, Q)
+    constant_Ed, linear_Edd = parts_of(fitted)
+    torch.testing.assert_close((constant_Ed - mean_Ed)[ROOTS:], shift_Ed[ROOTS:], atol=5e-3, rtol=0)
+    torch.testing.assert_close(linear_Edd[ROOTS:], (basis_dq @ out_Eqd)[ROOTS:], atol=5e-3, rtol=0)
+    assert fitted.basis_dq.shape == (D, Q) and fitted.spread_pd.shape == (D, D)
 
 
 def test_roots_have_no_standin_and_rank_zero_keeps_the_means():
@@ -53,23 +63,24 @@ def test_roots_have_no_standin_and_rank_zero_keeps_the_means():
     chunks = [(x, residual, torch.ones_like(missing)) for x, residual, missing in chunks]
     mean_Ed = torch.randn(E, D)
     mean_Ed[0] = 0
-    fitted = fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=Q)
-    assert not fitted.mean_Ed[:ROOTS].any() and not fitted.out_Eqd[:ROOTS].any() and fitted.out_Eqd[ROOTS:].all()
-    kept = fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=0)
-    assert torch.equal(kept.mean_Ed, mean_Ed) and kept.out_Eqd.shape == (E, 0, D) and kept.basis_dq.shape == (D, 0)
+    fitted = fit(chunks, mean_Ed, Q)
+    assert not fitted.core_EQp[:ROOTS].any() and fitted.core_EQp[ROOTS:].flatten(2).any(2).all()
+    kept = fit(chunks, mean_Ed, 0, outputs=E - ROOTS)
+    assert kept.basis_dq.shape == (D, 0) and kept.core_EQp.shape == (E, 1, E - ROOTS)
+    torch.testing.assert_close(parts_of(kept)[0], mean_Ed)
 
 
-def test_too_small_a_rank_leaves_more():
+@pytest.mark.parametrize("outputs", [False, True])
+def test_too_small_a_rank_leaves_more(outputs):
     chunks, *_ = linear_problem(rank=4)
 
     def error(rank):
-        fitted = fit_standins(lambda: iter(chunks), mean_Ed=torch.zeros(E, D), roots=ROOTS, rank=rank)
+        fitted = fit(chunks, torch.zeros(E, D), *((4, 2 * rank) if outputs else (rank, D)))
+        constant_Ed, linear_Edd = parts_of(fitted)
         total = 0.0
         for x_Td, residual_Td, missing_TE in chunks:
-            weight_TE, inputs_Tq = missing_TE.float(), x_Td @ fitted.basis_dq
-            ours_Td = weight_TE @ fitted.mean_Ed
-            ours_Td = ours_Td + torch.einsum("te,tq,eqd->td", weight_TE, inputs_Tq, fitted.out_Eqd)
-            total += float((residual_Td - ours_Td).square().sum())
+            standins_TEd = constant_Ed + torch.einsum("td,edo->teo", x_Td, linear_Edd)
+            total += float((residual_Td - (missing_TE[:, :, None] * standins_TEd).sum(1)).square().sum())
         return total
 
     errors = [error(rank) for rank in (0, 1, 2, 4)]
@@ -104,7 +115,8 @@ def dense(request, tiny_llama, tiny_gpt2):
 
 
 def convert(dense, **changes):
-    config = SamConfig(**{"num_experts": 8, "top_k": 4, "roots": 2, "standin_rank": 4} | changes)
+    settings = {"num_experts": 8, "top_k": 4, "roots": 2, "standin_rank": 4, "allocation": "uniform"}
+    config = SamConfig(**settings | changes)
     return get_sam_model(copy.deepcopy(dense), config, calibration=text(0), progress=False)
 
 
@@ -120,9 +132,11 @@ def test_mean_standins_are_the_mean_outputs(dense):
     for layer in model.sam_layers:
         # The inputs of a layer are those of the prefix already converted.
         f_TEd = outputs(layer, layer_inputs(model, layer, [text(0)]))
-        torch.testing.assert_close(layer.sam.mean_Sd[2:], f_TEd.mean(0)[2:], atol=1e-5, rtol=1e-4)
-        assert not layer.sam.mean_Sd[:2].any()
-        torch.testing.assert_close(layer.sam.mean_all_d, layer.sam.mean_Sd.sum(0))
+        x_1d = torch.randn(1, 32)
+        for expert in range(2, 8):
+            ours_d = standin_output(layer.sam, expert, x_1d)[0]
+            torch.testing.assert_close(ours_d, f_TEd[:, expert].mean(0), atol=1e-5, rtol=1e-4)
+        assert not layer.sam.core_SQp[:2].any()
 
 
 @torch.no_grad()
@@ -169,8 +183,7 @@ def test_standins_pay_on_text_not_seen(dense):
             exact_Td = layer(x_Td)
         errors[standin] = [float((layer(x_Td) - exact_Td).square().mean())]
         # the same routes with the stand-ins taken out
-        for buffer in (layer.sam.mean_Sd, layer.sam.mean_all_d, layer.sam.out_Sqd, layer.sam.out_all_qd):
-            buffer.zero_()
+        layer.sam.spread_pd.zero_()
         errors[standin].append(float((layer(x_Td) - exact_Td).square().mean()))
     assert errors["none"][0] == errors["none"][1]
     assert errors["mean"][0] < errors["mean"][1] and errors["linear"][0] < errors["linear"][1]
@@ -182,7 +195,7 @@ def test_the_sums_of_the_standins_are_those_of_the_parts(dense):
     layer = convert(dense).sam_layers[1]
     x_Td = torch.randn(7, 32)
     every_Td = sum(standin_output(layer.sam, e, x_Td) for e in range(8))
-    ours_Td = layer.sam.mean_all_d + x_Td @ layer.sam.basis_dq @ layer.sam.out_all_qd
+    ours_Td = layer.sam.standins(x_Td, torch.zeros(7, 8))
     torch.testing.assert_close(ours_Td, every_Td, atol=1e-4, rtol=1e-4)
     assert not standin_output(layer.sam, 0, x_Td).any() and standin_output(layer.sam, 7, x_Td).any()
 

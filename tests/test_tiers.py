@@ -51,7 +51,8 @@ def test_what_costs_less(experts):
 
 def test_all_experts_weigh_what_the_model_weighs():
     full = estimate(SHAPE, tier(experts=16, precision="fp32"), CONFIG)
-    added = 6 * 16 * 256 * (CONFIG.sam.standin_rank + 1 + 1)
+    rank, outputs = CONFIG.sam.standin_rank, 3 * CONFIG.sam.standin_rank
+    added = 6 * (16 * 256 + (rank + outputs) * 256 + 16 * (rank + 1) * outputs)
     assert full.weights == 4 * (SHAPE.parameters + added)
 
 

@@ -69,7 +69,8 @@ def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimat
     word = 2 if tier.precision == "bf16" else 4
     ffn = shape.layers * shape.ffn_parameters * share
     other = shape.parameters - shape.layers * shape.ffn_parameters
-    standins = shape.layers * tier.experts * shape.hidden * (config.sam.standin_rank + 1)
+    rank, outputs = config.sam.standin_rank, min(shape.hidden, 3 * config.sam.standin_rank)
+    standins = shape.layers * ((rank + outputs) * shape.hidden + tier.experts * (rank + 1) * outputs)
     gates = shape.layers * tier.experts * shape.hidden
     if tier.trains == "full":
         trained = ffn + gates + (other if config.train.dense else 0)

@@ -35,13 +35,10 @@ def ffn_flops(
     if active == num_experts:
         return experts
     gate = 2.0 * num_experts * hidden
-    standins = 0.0
-    if standin == "mean":
-        standins = active * hidden  # adds only: the sum over all experts is known, the visited are taken off
-    elif standin == "linear":
-        # V, the sum over all experts, k visited to take off; or V and the E - k unvisited one by one.
-        products = min(2 + active, 1 + num_experts - active)
-        standins = 2.0 * products * standin_rank * hidden
+    # The layer's form: V x, every expert's core, the output basis (experts/standins.py).
+    rank = standin_rank if standin == "linear" else 0
+    outputs = min(hidden, {"none": 0, "mean": num_experts, "linear": 3 * standin_rank}[standin])
+    standins = 2.0 * (rank * hidden + num_experts * (rank + 1) * outputs + outputs * hidden)
     return experts + gate + standins
 
 

@@ -109,7 +109,7 @@ def hidden_of(ffn: FFN, x_Td: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, rank: int, density: float, seed: int) -> Tensor:
+def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float, seed: int) -> Tensor:
     """Fit gate, graph and stand-ins of a permuted layer on its inputs; returns the affinity (E, E) of its experts.
 
     Gate: ridge regression from x to ||f_e(x) - mu_e||, the output lost if e is not visited.
@@ -163,13 +163,12 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, rank: int, den
 
     mean_Ed = torch.einsum("en,end->ed", center_m.view(num_experts, -1), down_End)
     mean_Ed[: layer.roots] = 0.0
-    fitted = fit_standins(chunks, mean_Ed=mean_Ed, roots=layer.roots, rank=rank)
-    layer.sam.mean_Sd.copy_(fitted.mean_Ed)
-    layer.sam.mean_all_d.copy_(fitted.mean_Ed.sum(0))
-    if rank:
-        layer.sam.out_Sqd.copy_(fitted.out_Eqd)
-        layer.sam.out_all_qd.copy_(fitted.out_Eqd.sum(0))
-        layer.sam.basis_dq.copy_(fitted.basis_dq)
+    rank, outputs = layer.sam.basis_dq.shape[1], layer.sam.spread_pd.shape[0]
+    fitted = fit_standins(chunks, mean_Ed=mean_Ed, roots=layer.roots, rank=rank, outputs=outputs)
+    layer.sam.basis_dq.copy_(fitted.basis_dq)
+    layer.sam.core_SQp.copy_(fitted.core_EQp)
+    layer.sam.core_all_Qp.copy_(fitted.core_EQp.sum(0))
+    layer.sam.spread_pd.copy_(fitted.spread_pd)
     return affinity_EE
 
 

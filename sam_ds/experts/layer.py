@@ -1,7 +1,7 @@
 """A feed-forward network as a graph of experts (design 3, 5): the `torch` back end.
 
 Expert e is the contiguous block of neurons [e n, (e+1) n) of the permuted FFN; its weights are views, no second copy
-exists. The output for the visited set A(x), with stand-ins s_e(x) = mu_e + U_e V x for the experts not visited:
+exists. The output for the visited set A(x), with stand-ins s_e(x) = C_e [V x, 1] W for the experts not visited:
 
     y = sum_{all e} s_e(x) + sum_{e in A(x)} w_e (f_e(x) - s_e(x)),      w_e = 1 in value
 
@@ -10,7 +10,7 @@ the layer holds only some experts: its *slots*, in ascending order of expert id,
 the sum of their stand-ins.
 
 Legend: T tokens, S slots (= E experts where all are held), J = k - roots choices, P = T J pairs, n neurons an expert,
-m = S n, d hidden, q stand-in rank, R LoRA rank.
+m = S n, d hidden, q and p input and output rank of the stand-ins, Q = q + 1, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from sam_ds.errors import InputError
 from sam_ds.experts.grouped import grouped_matmul
 from sam_ds.experts.lora import LoraSlices
+from sam_ds.experts.standins import with_one
 from sam_ds.experts.surgery import FFN
 from sam_ds.graph.route import Counters, count, gate_values, route, straight_through
 
@@ -32,18 +33,25 @@ from sam_ds.graph.route import Counters, count, gate_values, route, straight_thr
 class SamParts(nn.Module):
     """What SAM adds to one FFN: gate, stand-ins, graph. Everything is small beside the FFN itself."""
 
-    def __init__(self, *, slots: int, standin_rank: int, like_dm: Tensor) -> None:
+    def __init__(self, *, slots: int, standin_rank: int, standin_outputs: int, like_dm: Tensor) -> None:
         """Stand-ins have the precision of the FFN's weights `like_dm`, everything its device."""
         super().__init__()
         hidden, device = like_dm.shape[0], like_dm.device
         # fp32 whatever the model's precision: a route must not depend on how a score was rounded.
         self.wg = nn.Parameter(torch.zeros(slots, hidden, device=device))
-        self.register_buffer("mean_Sd", like_dm.new_zeros(slots, hidden))
-        self.register_buffer("out_Sqd", like_dm.new_zeros(slots, standin_rank, hidden))
-        self.register_buffer("mean_all_d", like_dm.new_zeros(hidden))
-        self.register_buffer("out_all_qd", like_dm.new_zeros(standin_rank, hidden))
         self.register_buffer("basis_dq", like_dm.new_zeros(hidden, standin_rank))
+        self.register_buffer("core_SQp", like_dm.new_zeros(slots, standin_rank + 1, standin_outputs))
+        self.register_buffer("core_all_Qp", like_dm.new_zeros(standin_rank + 1, standin_outputs))
+        self.register_buffer("spread_pd", like_dm.new_zeros(standin_outputs, hidden))
         self.register_buffer("adjacency_SS", torch.ones(slots, slots, dtype=torch.bool, device=device).triu(1))
+
+    def standins(self, x_Td: Tensor, visited_TS: Tensor | None = None) -> Tensor:
+        """(T, d): the sum of all experts' stand-ins, less those of the visited by their weights (None: of all)."""
+        z_TQ = with_one(x_Td @ self.basis_dq)
+        if visited_TS is None:
+            return z_TQ @ (self.core_all_Qp - self.core_SQp.sum(0)) @ self.spread_pd
+        own_Tp = (visited_TS[:, :, None] * z_TQ[:, None, :]).flatten(1) @ self.core_SQp.flatten(0, 1)
+        return (z_TQ @ self.core_all_Qp - own_Tp) @ self.spread_pd
 
 
 class SamFFN(nn.Module):
@@ -52,7 +60,10 @@ class SamFFN(nn.Module):
 
     An inline FFN has no module: there the layer takes the activation's place, and the weights stay where they are."""
 
-    def __init__(self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, standin_rank: int) -> None:
+    def __init__(
+        self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, standin_rank: int,
+        standin_outputs: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if ffn.neurons % num_experts:
             divisors = [e for e in range(2, 257) if ffn.neurons % e == 0]
@@ -74,7 +85,10 @@ class SamFFN(nn.Module):
         self.roots = roots
         self.top_k = top_k
         self.neurons = ffn.neurons // num_experts
-        self.sam = SamParts(slots=num_experts, standin_rank=standin_rank, like_dm=self.matrices()[0].detach())
+        self.sam = SamParts(
+            slots=num_experts, standin_rank=standin_rank, standin_outputs=standin_outputs,
+            like_dm=self.matrices()[0].detach(),
+        )  # fmt: skip
         self.lora: LoraSlices | None = None
         self.counters: Counters | None = None
         """Set to collect edge counts over the coming forward passes (None: do not count)."""
@@ -102,7 +116,9 @@ class SamFFN(nn.Module):
         """(..., d) -> (..., d). The FFNs that are given the residual (Bloom's) return the sum."""
         x_Td = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.top_k >= self.slots:
-            y_Td = self._dense(x_Td, self.slots) + self._absent(x_Td)
+            y_Td = self._dense(x_Td, self.slots)
+            if self.slots < self.num_experts:
+                y_Td = y_Td + self.sam.standins(x_Td)
         elif torch.compiler.is_compiling():
             # One break in the graph: a route is integers of unknown count, and fp32 `grouped_mm` has no fake kernel.
             y_Td = torch.compiler.disable(self._routed)(x_Td)
@@ -137,11 +153,15 @@ class SamFFN(nn.Module):
         ends_S = torch.bincount(slot_P, minlength=self.slots).cumsum(0).to(torch.int32)
         token_P = order_P // routing.chosen_TJ.shape[1]
         out_Pd = self._experts(x_Td.index_select(0, token_P), slot_P, ends_S)
-        out_Pd = out_Pd - self._standins(x_Td, token_P, slot_P, ends_S)
         out_Pd = out_Pd * weight_P.index_select(0, order_P)[:, None]
         out_TJd = out_Pd.index_select(0, order_P.argsort()).view(*routing.chosen_TJ.shape, x_Td.shape[1])
-        every_Td = self.sam.mean_all_d + (x_Td @ self.sam.basis_dq) @ self.sam.out_all_qd
-        return self._dense(x_Td, self.roots) + out_TJd.sum(1) + every_Td
+        y_Td = self._dense(x_Td, self.roots) + out_TJd.sum(1)
+        if len(self.sam.spread_pd) == 0:
+            return y_Td
+        # The roots have no stand-in to take off.
+        visited_TS = x_Td.new_zeros(x_Td.shape[0], self.slots)
+        visited_TS = visited_TS.scatter_add(1, routing.chosen_TJ.clamp(min=0), weight_P.view(routing.chosen_TJ.shape))
+        return y_Td + self.sam.standins(x_Td, visited_TS)
 
     def _dense(self, x_Td: Tensor, slots: int) -> Tensor:
         """(T, d): the first `slots` experts, visited by every token. Bias of the down-projection not included."""
@@ -189,21 +209,6 @@ class SamFFN(nn.Module):
             rows_SnR = lora.down_rows.view(self.slots, self.neurons, -1)
             y_Pd = y_Pd + lora.scale * grouped_matmul(hidden_Pn, rows_SnR, ends_S) @ lora.down_out
         return y_Pd
-
-    def _standins(self, x_Td: Tensor, token_P: Tensor, slot_P: Tensor, ends_S: Tensor) -> Tensor:
-        """(P, d): the stand-in of each row's own expert, to be taken back where the expert is visited."""
-        mean_Pd = self.sam.mean_Sd.index_select(0, slot_P)
-        if self.sam.basis_dq.shape[1] == 0:
-            return mean_Pd
-        z_Pq = (x_Td @ self.sam.basis_dq).index_select(0, token_P)
-        return mean_Pd + grouped_matmul(z_Pq, self.sam.out_Sqd, ends_S)
-
-    def _absent(self, x_Td: Tensor) -> Tensor | float:
-        """(T, d): the stand-ins of the experts that this layer does not hold; 0 where it holds all."""
-        if self.slots == self.num_experts:
-            return 0.0
-        mean_d = self.sam.mean_all_d - self.sam.mean_Sd.sum(0)
-        return mean_d + (x_Td @ self.sam.basis_dq) @ (self.sam.out_all_qd - self.sam.out_Sqd.sum(0))
 
 
 @torch.no_grad()

@@ -88,6 +88,11 @@ class SamConfig:
         """Rank of the stand-ins' linear part: 0 unless they are linear."""
         return self.standin_rank if self.standin == "linear" else 0
 
+    @property
+    def outputs(self) -> int:
+        """Output directions of the stand-ins: enough that more do not pay (conversion benchmark)."""
+        return {"none": 0, "mean": self.num_experts - self.roots, "linear": 3 * self.standin_rank}[self.standin]
+
 
 _CHOICES = (
     ("features", ("weights", "activations", "output")),
@@ -277,8 +282,7 @@ def get_sam_model(
                 x_Td = layer_inputs(model, layer, batches)
                 affinity.append(
                     calibrate_layer(
-                        layer, x_Td, standin=config.standin, rank=config.rank, density=config.density,
-                        seed=config.seed + index,
+                        layer, x_Td, standin=config.standin, density=config.density, seed=config.seed + index
                     )
                 )  # fmt: skip
         except BaseException:
@@ -329,7 +333,8 @@ def is_converted(folder: str | Path) -> bool:
 def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
     return [
         SamFFN(
-            ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=config.rank
+            ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=config.rank,
+            standin_outputs=min(config.outputs, ffn.hidden),
         )
         for ffn in ffns
     ]  # fmt: skip

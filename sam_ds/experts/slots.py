@@ -30,8 +30,7 @@ def to_slots(model: PreTrainedModel, slots: int) -> None:
             shrink(layer.ffn, slots * layer.neurons)
             parts = layer.sam
             parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
-            for name in ("mean_Sd", "out_Sqd"):
-                parts.register_buffer(name, getattr(parts, name)[:slots].clone())
+            parts.register_buffer("core_SQp", parts.core_SQp[:slots].clone())
             parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
             layer.slots = slots
             layer.held = torch.arange(slots)
@@ -46,8 +45,7 @@ class StandInStore:
     def __init__(self, model: PreTrainedModel) -> None:
         assert isinstance(model, SamMixin)
         self.wg = [layer.sam.wg.detach().clone() for layer in model.sam_layers]
-        self.mean = [layer.sam.mean_Sd.clone() for layer in model.sam_layers]
-        self.out = [layer.sam.out_Sqd.clone() for layer in model.sam_layers]
+        self.core = [layer.sam.core_SQp.clone() for layer in model.sam_layers]
 
 
 @torch.no_grad()
@@ -56,8 +54,7 @@ def hold_experts(layers: Sequence[SamFFN], store: StandInStore, held: Sequence[S
     for index, (layer, experts) in enumerate(zip(layers, held, strict=True)):
         assert len(experts) == layer.slots and list(experts[: layer.roots]) == list(range(layer.roots))
         layer.held = torch.tensor(list(experts))
-        layer.sam.mean_Sd.copy_(store.mean[index][layer.held])
-        layer.sam.out_Sqd.copy_(store.out[index][layer.held])
+        layer.sam.core_SQp.copy_(store.core[index][layer.held])
 
 
 class Checkpoint:

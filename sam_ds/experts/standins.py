@@ -1,13 +1,15 @@
 """What stands in for an expert that a token does not visit (design 3; measured in the conversion benchmark).
 
-    s_e(x) = mu_e + U_e V x          mu_e mean output on calibration text, V (q, d) one input basis for the layer
+    s_e(x) = C_e [V x, 1] W        V (q, d) one input basis for the layer, W (p, d) one output basis, C_e (p, q + 1)
 
-U and the correction of mu are one ridge regression of *what the routes in use leave out* on the features
-1{e not visited} [V x, 1], jointly over e; V holds the input directions of the reduced-rank regression (Izenman,
-1975) of that residual on x. Roots are always visited and have no stand-in. The ridge strength is the one of a few
-that predicts held-out calibration tokens best.
+close to the expert's mean output on calibration text plus a linear map of rank q. Fitted as one ridge regression of
+*what the routes in use leave out* on the features 1{e not visited} [V x, 1], jointly over e, the constants shrunk to
+the means; V holds the input directions of the reduced-rank regression (Izenman, 1975) of that residual on x, W the
+output directions of the fit. With both bases shared an expert costs p (q + 1) numbers and multiplications, few beside
+an expert's own. Roots are always visited and have no stand-in. The ridge strength is the one of a few that predicts
+held-out calibration tokens best.
 
-Legend: T tokens, E experts, d hidden, q rank, F = E (q + 1) features.
+Legend: T tokens, E experts, d hidden, q input rank, Q = q + 1, p output rank, F = E Q features.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class StandIns:
-    """Stand-ins of one layer: `mean_Ed` (E, d), `out_Eqd` (E, q, d) = U_e', `basis_dq` (d, q) = V'."""
+    """Stand-ins of one layer: `basis_dq` (d, q) = V', `core_EQp` (E, q + 1, p) = C_e', `spread_pd` (p, d) = W."""
 
-    mean_Ed: Tensor
-    out_Eqd: Tensor
     basis_dq: Tensor
+    core_EQp: Tensor
+    spread_pd: Tensor
 
 
 Chunks = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
@@ -41,17 +43,19 @@ def ridge(gram_FF: Tensor, cross_FO: Tensor, strength: float) -> Tensor:
     return torch.linalg.solve(gram_FF + torch.diag(scale.expand(len(gram_FF))), cross_FO)
 
 
-def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int) -> StandIns:
-    """Fit the stand-ins of one layer; `mean_Ed` (E, d) is zero for the roots, rank 0 keeps it as it is.
+def with_one(z_Tq: Tensor) -> Tensor:
+    """(T, q + 1) the inputs of the stand-ins: a last column of ones."""
+    return torch.cat([z_Tq, z_Tq.new_ones(z_Tq.shape[0], 1)], dim=1)
 
-    Every fifth chunk is held out to choose the ridge.
+
+def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int, outputs: int) -> StandIns:
+    """Fit the stand-ins of one layer; `mean_Ed` (E, d) is zero for the roots.
+
+    Rank 0: the means, to rounding where `outputs` >= E - roots. Every fifth chunk is held out to choose the ridge.
     """
     num_experts, hidden = mean_Ed.shape
-    empty = StandIns(
-        mean_Ed=mean_Ed, out_Eqd=mean_Ed.new_zeros(num_experts, 0, hidden), basis_dq=mean_Ed.new_zeros(hidden, 0)
-    )
     if rank == 0:
-        return empty
+        return _spread(mean_Ed.new_zeros(hidden, 0), mean_Ed[:, None], torch.eye(num_experts), outputs)
     basis_dq = _input_basis(chunks, mean_Ed.new_zeros(2, hidden, hidden, dtype=torch.float64), rank)
     features = num_experts * (rank + 1)
     # Index 0: tokens to fit on, 1: tokens to choose the ridge on.
@@ -59,9 +63,7 @@ def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int) -> S
     cross = mean_Ed.new_zeros(2, features, hidden, dtype=torch.float64)
     for index, (x_Td, residual_Td, unvisited_TE) in enumerate(chunks()):
         missing_TE = unvisited_TE.to(x_Td.dtype)
-        ones_T1 = x_Td.new_ones(x_Td.shape[0], 1)
-        inputs_Tq = torch.cat([x_Td @ basis_dq, ones_T1], dim=1)
-        phi_TF = (missing_TE[:, :, None] * inputs_Tq[:, None, :]).flatten(1)
+        phi_TF = (missing_TE[:, :, None] * with_one(x_Td @ basis_dq)[:, None, :]).flatten(1)
         held_out = int(index % 5 == 4)
         gram[held_out] += (phi_TF.t() @ phi_TF).double()
         cross[held_out] += (phi_TF.t() @ residual_Td).double()
@@ -73,9 +75,20 @@ def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int) -> S
         return float((w_Fd * (gram[1] @ w_Fd)).sum() - 2 * (w_Fd * cross[1]).sum())
 
     best = min(_RIDGES, key=held_out_loss)
-    w_Eqd = ridge(gram.sum(0), cross.sum(0), best).float().view(num_experts, rank + 1, hidden)
-    w_Eqd[:roots] = 0.0
-    return StandIns(mean_Ed=mean_Ed + w_Eqd[:, -1], out_Eqd=w_Eqd[:, :-1].contiguous(), basis_dq=basis_dq)
+    w_EQd = ridge(gram.sum(0), cross.sum(0), best).float().view(num_experts, rank + 1, hidden)
+    w_EQd[:, -1] += mean_Ed
+    w_EQd[:roots] = 0.0
+    return _spread(basis_dq, w_EQd, gram.sum(0), outputs)
+
+
+def _spread(basis_dq: Tensor, w_EQd: Tensor, gram_FF: Tensor, outputs: int) -> StandIns:
+    """Keep the `outputs` output directions in which the stand-ins vary most over the calibration tokens."""
+    w_Fd = w_EQd.flatten(0, 1).double()
+    energy_dd = w_Fd.t() @ gram_FF.to(w_Fd) @ w_Fd
+    spread_pd = torch.linalg.eigh(energy_dd).eigenvectors[:, w_EQd.shape[2] - outputs :].t().to(w_EQd.dtype)
+    return StandIns(
+        basis_dq=basis_dq, core_EQp=(w_EQd @ spread_pd.t()).contiguous(), spread_pd=spread_pd.contiguous()
+    )
 
 
 def _input_basis(chunks: Chunks, empty_2dd: Tensor, rank: int) -> Tensor:

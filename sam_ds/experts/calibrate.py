@@ -143,13 +143,13 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
         return affinity_EE
 
     def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        # One set of stand-ins serves every budget: the fit sees routes of several lengths, and random subsets,
-        # which is what clients that hold only some experts do.
+        # One set of stand-ins serves every budget: half of the fit sees the layer's own routes, a quarter those of
+        # other lengths, a quarter random subsets, which is what clients that hold only some experts do.
         generator = torch.Generator().manual_seed(seed)
-        lengths = sorted({max(layer.roots + 1, num_experts // 4), max(layer.roots, num_experts // 2), layer.top_k})
+        lengths = [max(layer.roots + 1, num_experts // 4), max(layer.roots, num_experts // 2)]
         for index, x_chunk in enumerate(x_Td.split(_CHUNK)):
-            k = lengths[index % len(lengths)]
-            if (index // len(lengths)) % 2:
+            k = layer.top_k if index % 4 in (0, 2) else lengths[index // 4 % 2]
+            if index % 4 == 3:
                 drawn = torch.randperm(num_experts - layer.roots, generator=generator)[: k - layer.roots]
                 visited_TE = torch.zeros(x_chunk.shape[0], num_experts, dtype=torch.bool, device=x_chunk.device)
                 visited_TE[:, drawn.to(x_chunk.device) + layer.roots] = True

@@ -1,0 +1,77 @@
+"""The examples as a user starts them; under DeepSpeed the Trainer gets the losses and weights it gets without."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sam_ds.config import ds_config_path
+from sam_ds.experts.model import from_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
+
+
+def run(folder: Path, *command: object) -> str:
+    """The command's output, started in `folder`; it must end well."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    words = [str(word) for word in command]
+    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+@pytest.mark.parametrize("default", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gates_go_on_a_model_and_off_again(tiny, tmp_path, default):
+    """By default the model is made on the spot, which takes a minute, and is wider and deeper than the tiny one."""
+    model = [] if default else [tiny.model]
+    printed = run(tmp_path, sys.executable, ROOT / "examples" / "add_gates_to_llama.py", *model)
+    width, layers = (192, 4) if default else (32, 2)
+    assert f"trainable params: {16 * width * layers:,} ||" in printed
+    assert "a LlamaForCausalLM as before" in printed
+    assert from_pretrained(tmp_path / "runs" / "gates").sam_config.num_experts == 16
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """The Trainer without DeepSpeed: its folder."""
+    return train(tiny, tmp_path_factory.mktemp("alone"), sys.executable)
+
+
+def train(tiny, folder: Path, *command: object, config: Path | None = None) -> Path:
+    given = [] if config is None else ["--deepspeed", config]
+    script = ROOT / "examples" / "trainer_deepspeed.py"
+    run(folder.parent, *command, script, "--model", tiny.model, "--out", folder, "--steps", 4, *given)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_the_trainer_is_the_same_under_zero_3(tiny, alone, tmp_path, ranks):
+    # No parameter of a tiny model is large enough to be cut into shards otherwise.
+    settings = json.loads(ds_config_path("zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "sharded.json").write_text(json.dumps(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = (LAUNCHER, "--num_gpus", ranks, "--master_port", port)
+    sharded = train(tiny, tmp_path / "sharded", *command, config=tmp_path / "sharded.json")
+
+    ours, theirs = (json.loads((folder / "losses.json").read_text()) for folder in (sharded, alone))
+    assert (ours["ranks"], ours["zero_stage"], theirs["zero_stage"]) == (ranks, 3, None)
+    assert len(theirs["losses"]) == 4 and theirs["losses"][-1] < theirs["losses"][0]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    for file in ("model.safetensors", "sam.safetensors"):
+        weights = load_file(sharded / file)
+        torch.testing.assert_close(weights, load_file(alone / file), atol=1e-4, rtol=1e-3)
+    from_pretrained(sharded)

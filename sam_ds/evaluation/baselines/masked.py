@@ -51,10 +51,6 @@ class Method:
     """Every neuron is an expert of its own."""
     weighted: bool = False
     """Experts are multiplied by the gate's weights, so all of them visited is not the dense layer."""
-    allocate: Callable[[list[Tensor], list[int]], list[int]] | None = None
-    """From the neurons' importance (m,) and k of every layer: another k of every layer with the same sum."""
-    importance: Callable[[FFN, Tensor], Tensor] | None = None
-    """(m,) from the neurons' outputs (T, m): what `allocate` is given, of the dense model."""
 
 
 class MaskedFFN(nn.Module):
@@ -99,42 +95,15 @@ def convert(
     One forward pass over all of the text: a layer is fitted when the text reaches it, through the layers before it as
     they are by then. The model must be in eval mode.
     """
-    ffns, k = find_ffns(model), list(k)
-    if method.allocate is not None:
-        assert method.importance is not None
-        k = method.allocate(_importance(model, ffns, method.importance, ids_BS), k)
     layers = []
-    for index, ffn in enumerate(ffns):
+    for index, (ffn, own) in enumerate(zip(find_ffns(model), k, strict=True)):
         experts = ffn.neurons if method.per_neuron else num_experts
-        layer = MaskedFFN(ffn, method, num_experts=experts, k=k[index], seed=seed + index)
+        layer = MaskedFFN(ffn, method, num_experts=experts, k=own, seed=seed + index)
         install(model, ffn, layer)
         layers.append(layer)
-    _run(model, ids_BS)
-    return layers
-
-
-def _importance(
-    model: PreTrainedModel, ffns: Sequence[FFN], importance: Callable[[FFN, Tensor], Tensor], ids_BS: Tensor
-) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def measure(ffn: FFN, args: tuple[Tensor, ...]) -> None:
-        found.append(importance(ffn, hidden_of(ffn, args[0].reshape(-1, args[0].shape[-1]))))
-
-    handles = [
-        ffn.entry.register_forward_pre_hook(lambda _, args, ffn=ffn: measure(ffn, args)) for ffn in ffns
-    ]  # fmt: skip
-    try:
-        _run(model, ids_BS)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _run(model: PreTrainedModel, ids_BS: Tensor) -> None:
     # Without the head: the logits of all the text at once are the largest tensor there is.
     model.base_model(input_ids=ids_BS.to(next(model.parameters()).device), use_cache=False)
+    return layers
 
 
 def top_experts(score: Callable[[Tensor], Tensor], labels_m: Tensor, k: int) -> Mask:

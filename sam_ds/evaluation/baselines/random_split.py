@@ -26,7 +26,8 @@ def fit_llama_moe(seen: Calibration) -> Mask:
 
     Deviates: the gate is trained on 200 G tokens there; here its logits are ridge regression from x to the logarithm
     of the norm of each expert's output, so that the weights are in proportion to it. The scale there is E / k for 4
-    of 16 experts, which makes the mean weight E / k^2 = 1; at any k the mean weight is 1 here. No noise.
+    of 16 experts, which makes the mean weight E / k^2 = 1; here it is 1 at every k (the formula's own, and a mean of
+    E / k, were worse: conversion benchmark). No noise.
     """
     labels_m = random_labels(seen)
     wg_dE = fit_gate(seen.x_Td, output_norms(seen, labels_m).clamp(min=1e-12).log())

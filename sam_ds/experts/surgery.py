@@ -97,10 +97,16 @@ class FFN:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight of a linear map as an (inputs, outputs) view: ``y = x @ matrix(linear)``."""
+    """The weight of a linear map as an (inputs, outputs) view: ``y = x @ matrix(linear)``.
+
+    Raises InputError where something has been put around it since the layer was found: an adapter.
+    """
     if isinstance(linear, Conv1D):
         return linear.weight
-    assert isinstance(linear, nn.Linear)
+    if not isinstance(linear, nn.Linear):
+        raise InputError(f"a feed-forward map is now a {type(linear).__module__}.{type(linear).__name__}: experts are "
+                         "slices of its weights and would pass an adapter by; put adapters on the attention only "
+                         "(target_modules)")  # fmt: skip
     return linear.weight.t()
 
 
@@ -138,6 +144,10 @@ def _match(path: str, module: nn.Module) -> FFN | None:
     children = dict(module.named_children())
     linears = {name: _shape(child) for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)}
     roles, activation = _roles(linears), _activation(module)
+    adapted = next((name for name, child in children.items() if hasattr(child, "base_layer")), None)
+    if adapted is not None and activation in _ACTIVATIONS:
+        raise InputError(f"{path}.{adapted} carries an adapter ({type(children[adapted]).__module__}): merge it into "
+                         "the weights first (merge_and_unload of PEFT)")  # fmt: skip
     if roles is None or activation is None:
         return None
     up, gate, down = roles
@@ -213,6 +223,9 @@ def _check_weight(path: str, linear: nn.Module) -> None:
     inputs, outputs = _shape(linear)
     if type(weight) is nn.Parameter and weight.dtype in _FLOATS and matrix(linear).shape == (inputs, outputs):
         return
+    if hasattr(weight, "ds_shape"):
+        raise InputError(f"{path}.weight was cut into shards by ZeRO-3 as it was loaded: load the model, and convert "
+                         "it, before TrainingArguments or HfDeepSpeedConfig are made")  # fmt: skip
     kind = "computed from other parameters" if weight is None else (
         f"a {type(weight).__name__} of {weight.dtype}, shape {tuple(weight.shape)}"
     )  # fmt: skip

@@ -4,20 +4,22 @@ The public verbs are `get_sam_model` and `from_pretrained`; what they return has
 `merge_and_unload`, `print_trainable_parameters`, `active` and `set_graph` beside everything its own class has.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sam_ds.errors import InputError
 
 if TYPE_CHECKING:
-    from sam_ds.experts.model import SamConfig, from_pretrained, get_sam_model
+    from sam_ds.experts.config import SamConfig
+    from sam_ds.experts.model import from_pretrained, get_sam_model
 
 __all__ = ["InputError", "SamConfig", "from_pretrained", "get_sam_model"]
+
+_LAZY = {"SamConfig": "config", "from_pretrained": "model", "get_sam_model": "model"}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that the configuration and the pure parts load without torch and transformers.
-    if name in ("SamConfig", "from_pretrained", "get_sam_model"):
-        from sam_ds.experts import model
-
-        return getattr(model, name)
+    if name in _LAZY:
+        return getattr(import_module(f"sam_ds.experts.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'sam_ds' has no attribute {name!r}")

@@ -23,7 +23,7 @@ from sam_ds.evaluation.baselines.cmoe import nearest_members, shared
 from sam_ds.evaluation.baselines.masked import Calibration, Mask, convert
 from sam_ds.evaluation.baselines.random_split import random_labels
 from sam_ds.experts.calibrate import hidden_of
-from sam_ds.experts.model import SamConfig
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.surgery import find_ffns
 
 EXACT = sorted(set(BASELINES) - {"llama_moe"})

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sam_ds.cli import main
 from sam_ds.experts import model as conversion
-from sam_ds.experts.model import SamConfig, from_pretrained
+from sam_ds.experts.config import SamConfig
+from sam_ds.experts.model import from_pretrained
 
 SMALL = ["--experts", "8", "--active", "4", "--standin-rank", "4", "--tokens", "512"]
 

@@ -8,8 +8,9 @@ import torch
 from reference import moe_output
 
 from sam_ds.errors import InputError
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.lora import LoraSlices
-from sam_ds.experts.model import SamConfig, _install, _wrap
+from sam_ds.experts.model import _install, _wrap
 from sam_ds.experts.surgery import find_ffns, matrix, permute_neurons
 from sam_ds.graph.dag import random_graph
 from sam_ds.graph.route import route

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sam_ds.errors import InputError
-from sam_ds.experts.model import SamConfig, _install, _wrap, add_assembler
+from sam_ds.experts.config import SamConfig
+from sam_ds.experts.model import _install, _wrap, add_assembler
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns, matrix
 from sam_ds.experts.units import (

@@ -21,8 +21,9 @@ from sam_ds.commands.reading import readable, token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.experts import describe, percent
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.model import SamConfig, get_sam_model, is_converted
+from sam_ds.experts.model import get_sam_model, is_converted
 from sam_ds.experts.surgery import find_ffns
 
 

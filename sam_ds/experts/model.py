@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,81 +24,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sam_ds.errors import InputError, nearest
+from sam_ds.errors import InputError
 from sam_ds.experts.allocation import allocate, lost_curves
 from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
+from sam_ds.experts.config import CONFIG_FILE, SamConfig
 from sam_ds.experts.layer import SamFFN, check_layers
 from sam_ds.experts.surgery import FFN, find_ffns, install, permute_neurons, uninstall
 from sam_ds.graph.assembler import Assembler, AssemblerConfig
 from sam_ds.graph.dag import check_graph, contract
 
-CONFIG_FILE = "sam_config.json"
 TENSOR_FILE = "sam.safetensors"
 _VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamConfig:
-    """How to turn an FFN into a graph of experts."""
-
-    num_experts: int = 16
-    """E, experts a layer; must divide the number of FFN neurons."""
-    top_k: int = 12
-    """k, experts a token visits in each layer, roots included."""
-    roots: int = 2
-    """r, experts every token visits: the entries of the graph."""
-    features: str = "weights"
-    """What neurons are clustered by: `weights` (EMoE), `activations` (CMoE) or `output`."""
-    standin: str = "linear"
-    """What stands in for an expert not visited: `none`, `mean` or `linear`."""
-    standin_rank: int = 16
-    """q, rank of the `linear` stand-ins."""
-    allocation: str = "sensitivity"
-    """Whether every layer visits top_k (`uniform`), or top_k on average, more where the loss feels it more."""
-    density: float = 0.5
-    """Share of the E (E - 1) / 2 possible edges that the initial graph has."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_experts < 2:
-            raise InputError(f"num_experts must be at least 2, got {self.num_experts}")
-        if not 1 <= self.roots <= self.top_k:
-            raise InputError(f"roots must be from 1 to top_k={self.top_k}, got {self.roots}")
-        if self.top_k > self.num_experts:
-            raise InputError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}; lower it")
-        if not 0.0 < self.density <= 1.0:
-            raise InputError(f"density must be in (0, 1], got {self.density}")
-        for name, choices in _CHOICES:
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.standin_rank < 1:
-            raise InputError(f"standin_rank must be at least 1, got {self.standin_rank}")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SamConfig:
-        """Raises InputError on an unknown key, naming the nearest."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise InputError(f"unknown key {key!r} in {CONFIG_FILE}{nearest(key, known)}")
-        return cls(**values)
-
-    @property
-    def rank(self) -> int:
-        """Rank of the stand-ins' linear part: 0 unless they are linear."""
-        return self.standin_rank if self.standin == "linear" else 0
-
-    @property
-    def outputs(self) -> int:
-        """Output directions of the stand-ins: enough that more do not pay (conversion benchmark)."""
-        return {"none": 0, "mean": self.num_experts - self.roots, "linear": 3 * self.standin_rank}[self.standin]
-
-
-_CHOICES = (
-    ("features", ("weights", "activations", "output")),
-    ("standin", ("none", "mean", "linear")),
-    ("allocation", ("uniform", "sensitivity")),
-)
 
 
 class SamMixin:

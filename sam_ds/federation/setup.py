@@ -18,8 +18,9 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
 from sam_ds.errors import InputError
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.model import SamConfig, get_sam_model, is_converted
+from sam_ds.experts.model import get_sam_model, is_converted
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.federation.server import public_rows
 

@@ -170,12 +170,14 @@ def test_the_metric_loads_offline_and_weighs_by_tokens(
 
 def test_ffn_flops_by_hand() -> None:
     """d 10, m 64, E 8: a gated dense layer is 2 * 3 * 10 * 64 = 3840."""
-    layer: dict[str, Any] = {"hidden": 10, "neurons": 64, "num_experts": 8, "gated": True, "standin_rank": 3}
+    layer: dict[str, Any] = {"hidden": 10, "neurons": 64, "num_experts": 8, "gated": True,
+                             "roots": 2, "standin_rank": 3}  # fmt: skip
     assert ffn_flops(**layer, active=8, standin="linear") == 3840
     assert ffn_flops(**layer | {"gated": False}, active=8, standin="none") == 2560
     assert ffn_flops(**layer, active=2, standin="none") == 960 + 160
-    # V x, the cores of all experts, the output basis; the means have no V, and an output direction an expert.
-    assert ffn_flops(**layer, active=2, standin="mean") == 960 + 160 + 2 * (8 * 8 + 8 * 10)
+    # V x, the cores of all experts, the output basis; the means have no V, and an output direction for
+    # each expert that is not a root.
+    assert ffn_flops(**layer, active=2, standin="mean") == 960 + 160 + 2 * (8 * 6 + 6 * 10)
     assert ffn_flops(**layer, active=2, standin="linear") == 960 + 160 + 2 * (3 * 10 + 8 * 4 * 9 + 9 * 10)
     assert ffn_flops(**layer, active=2.5, standin="none") == 1200 + 160
 
@@ -187,7 +189,8 @@ def test_model_flops_by_hand() -> None:
 
 
 def test_bad_costs_are_refused() -> None:
-    layer: dict[str, Any] = {"hidden": 10, "neurons": 64, "num_experts": 8, "gated": True, "standin_rank": 3}
+    layer: dict[str, Any] = {"hidden": 10, "neurons": 64, "num_experts": 8, "gated": True,
+                             "roots": 2, "standin_rank": 3}  # fmt: skip
     with pytest.raises(InputError, match="none, mean, linear"):
         ffn_flops(**layer, active=2, standin="median")
     with pytest.raises(InputError, match="between 0 and num_experts = 8, got 9"):

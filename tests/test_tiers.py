@@ -49,9 +49,10 @@ def test_what_costs_less(experts):
     assert estimate(SHAPE, tier(experts=experts, ds_config="cpu_zero0.json"), CONFIG).optimizer < full.optimizer
 
 
-def test_all_experts_weigh_what_the_model_weighs():
-    full = estimate(SHAPE, tier(experts=16, precision="fp32"), CONFIG)
-    rank, outputs = CONFIG.sam.standin_rank, 3 * CONFIG.sam.standin_rank
+@pytest.mark.parametrize(("standin", "rank", "outputs"), [("linear", 16, 48), ("mean", 0, 14), ("none", 0, 0)])
+def test_all_experts_weigh_what_the_model_weighs(standin, rank, outputs):
+    config = replace(CONFIG, sam=replace(CONFIG.sam, standin=standin))
+    full = estimate(SHAPE, tier(experts=16, precision="fp32"), config)
     added = 6 * (16 * 256 + (rank + outputs) * 256 + 16 * (rank + 1) * outputs)
     assert full.weights == 4 * (SHAPE.parameters + added)
 

@@ -89,7 +89,7 @@ def sam_share(config: SamConfig, ffns: Sequence[FFN], k: Sequence[int]) -> float
     def flops(ffn: FFN, active: int) -> float:
         return ffn_flops(
             hidden=ffn.hidden, neurons=ffn.neurons, num_experts=config.num_experts, active=active,
-            gated=ffn.gate is not None, standin_rank=config.rank, standin=config.standin,
+            gated=ffn.gate is not None, roots=config.roots, standin_rank=config.standin_rank, standin=config.standin,
         )  # fmt: skip
 
     counted = sum(flops(ffn, active) for ffn, active in zip(ffns, k, strict=True))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sam_ds.config import RunConfig, TierSection, ds_config_path
 from sam_ds.errors import InputError
+from sam_ds.experts.config import standin_shape
 from sam_ds.experts.surgery import find_ffns
 
 GIB = 2**30
@@ -69,7 +70,10 @@ def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimat
     word = 2 if tier.precision == "bf16" else 4
     ffn = shape.layers * shape.ffn_parameters * share
     other = shape.parameters - shape.layers * shape.ffn_parameters
-    rank, outputs = config.sam.standin_rank, min(shape.hidden, 3 * config.sam.standin_rank)
+    rank, outputs = standin_shape(
+        config.sam.standin, num_experts=config.sam.num_experts, roots=config.sam.roots, rank=config.sam.standin_rank,
+        hidden=shape.hidden,
+    )  # fmt: skip
     standins = shape.layers * ((rank + outputs) * shape.hidden + tier.experts * (rank + 1) * outputs)
     gates = shape.layers * tier.experts * shape.hidden
     if tier.trains == "full":

@@ -73,9 +73,8 @@ def _check_architecture(model: str, config: SamConfig) -> None:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(architecture)
     for ffn in find_ffns(empty):
-        SamFFN(
-            ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=config.rank
-        )  # fmt: skip
+        rank, _ = config.standin_shape(ffn.hidden)
+        SamFFN(ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=rank)
 
 
 def _check_finite(model: nn.Module) -> None:

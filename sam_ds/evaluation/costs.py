@@ -7,8 +7,7 @@ scores, norms, activations and the softmax are left out, as usual: they are smal
 from __future__ import annotations
 
 from sam_ds.errors import InputError
-
-_STANDINS = ("none", "mean", "linear")
+from sam_ds.experts.config import standin_shape
 
 
 def ffn_flops(
@@ -18,6 +17,7 @@ def ffn_flops(
     num_experts: int,
     active: float,
     gated: bool,
+    roots: int,
     standin_rank: int,
     standin: str,
 ) -> float:
@@ -26,8 +26,9 @@ def ffn_flops(
     `active` may be a mean over tokens. All experts visited is the dense layer, which runs without gate and
     stand-ins. Raises InputError for a stand-in that does not exist and `active` outside [0, E].
     """
-    if standin not in _STANDINS:
-        raise InputError(f"standin must be one of {', '.join(_STANDINS)}, got {standin!r}")
+    rank, outputs = standin_shape(
+        standin, num_experts=num_experts, roots=roots, rank=standin_rank, hidden=hidden
+    )  # fmt: skip
     if not 0 <= active <= num_experts:
         raise InputError(f"active must be between 0 and num_experts = {num_experts}, got {active}")
     matrices = 3 if gated else 2
@@ -36,8 +37,6 @@ def ffn_flops(
         return experts
     gate = 2.0 * num_experts * hidden
     # The layer's form: V x, every expert's core, the output basis (experts/standins.py).
-    rank = standin_rank if standin == "linear" else 0
-    outputs = min(hidden, {"none": 0, "mean": num_experts, "linear": 3 * standin_rank}[standin])
     standins = 2.0 * (rank * hidden + num_experts * (rank + 1) * outputs + outputs * hidden)
     return experts + gate + standins
 

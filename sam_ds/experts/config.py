@@ -56,15 +56,23 @@ class SamConfig:
                 raise InputError(f"unknown key {key!r} in {CONFIG_FILE}{nearest(key, known)}")
         return cls(**values)
 
-    @property
-    def rank(self) -> int:
-        """Rank of the stand-ins' linear part: 0 unless they are linear."""
-        return self.standin_rank if self.standin == "linear" else 0
+    def standin_shape(self, hidden: int) -> tuple[int, int]:
+        """(q, p) of a layer of this hidden size, as `standin_shape` says."""
+        return standin_shape(
+            self.standin, num_experts=self.num_experts, roots=self.roots, rank=self.standin_rank, hidden=hidden
+        )  # fmt: skip
 
-    @property
-    def outputs(self) -> int:
-        """Output directions of the stand-ins: enough that more do not pay (conversion benchmark)."""
-        return {"none": 0, "mean": self.num_experts - self.roots, "linear": 3 * self.standin_rank}[self.standin]
+
+def standin_shape(standin: str, *, num_experts: int, roots: int, rank: int, hidden: int) -> tuple[int, int]:
+    """(q, p): the inputs that a layer's stand-ins read and the output directions they write (experts/standins.py).
+
+    A mean writes one direction for each expert that is not a root, a linear stand-in 3 q: more do not pay (conversion
+    benchmark). No layer has more directions than its hidden size. Raises InputError for a stand-in that does not exist.
+    """
+    outputs = {"none": 0, "mean": num_experts - roots, "linear": 3 * rank}
+    if standin not in outputs:
+        raise InputError(f"standin must be one of {', '.join(outputs)}, got {standin!r}")
+    return (rank if standin == "linear" else 0), min(hidden, outputs[standin])
 
 
 _CHOICES = (

@@ -175,11 +175,12 @@ def get_sam_model(
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
     ffns = find_ffns(model)
     layers = _wrap(ffns, config)
-    if config.rank > ffns[0].hidden:
-        raise InputError(f"standin_rank={config.rank} exceeds the model's hidden size {ffns[0].hidden}; lower it")
+    rank, _ = config.standin_shape(ffns[0].hidden)
+    if rank > ffns[0].hidden:
+        raise InputError(f"standin_rank={rank} exceeds the model's hidden size {ffns[0].hidden}; lower it")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     tokens = sum(ids.numel() for ids in batches)
-    needed = 4 * config.num_experts * (config.rank + 1)
+    needed = 4 * config.num_experts * (rank + 1)
     if tokens < needed:
         raise InputError(f"calibration has {tokens} tokens; fitting {config.num_experts} experts needs {needed}")
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -267,13 +268,16 @@ def is_converted(folder: str | Path) -> bool:
 
 
 def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
-    return [
-        SamFFN(
-            ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=config.rank,
-            standin_outputs=min(config.outputs, ffn.hidden),
-        )
-        for ffn in ffns
-    ]  # fmt: skip
+    layers = []
+    for ffn in ffns:
+        rank, outputs = config.standin_shape(ffn.hidden)
+        layers.append(
+            SamFFN(
+                ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=rank,
+                standin_outputs=outputs,
+            )
+        )  # fmt: skip
+    return layers
 
 
 def _install(

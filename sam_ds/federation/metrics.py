@@ -91,8 +91,8 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     def forward(layer: SamFFN, active: int) -> float:
         return ffn_flops(
             hidden=layer.sam.wg.shape[1], neurons=layer.neurons * server.num_experts, num_experts=server.num_experts,
-            active=active, gated=layer.ffn_names[1] is not None, standin_rank=section.standin_rank,
-            standin=section.standin,
+            active=active, gated=layer.ffn_names[1] is not None, roots=section.roots,
+            standin_rank=section.standin_rank, standin=section.standin,
         )  # fmt: skip
 
     whole = server.config.train.whole if server.method.sparse else 1.0

@@ -66,7 +66,8 @@ def check_model(config: RunConfig) -> None:
         ) from error
     own = sam_config(config)
     for ffn in find_ffns(model):
-        SamFFN(ffn, num_experts=own.num_experts, top_k=own.top_k, roots=own.roots, standin_rank=own.rank)
+        rank, _ = own.standin_shape(ffn.hidden)
+        SamFFN(ffn, num_experts=own.num_experts, top_k=own.top_k, roots=own.roots, standin_rank=rank)
     check_tiers(ModelShape.of(model), config)
     dealt_tiers(config)
 

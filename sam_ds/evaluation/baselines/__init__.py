@@ -28,7 +28,7 @@ def baseline_flops(method: Method, ffn: FFN, *, num_experts: int, k: int) -> flo
     gated = ffn.gate is not None
     dense = ffn_flops(
         hidden=ffn.hidden, neurons=ffn.neurons, num_experts=num_experts, active=num_experts, gated=gated,
-        standin_rank=0, standin="none",
+        roots=0, standin_rank=0, standin="none",
     )  # fmt: skip
     router = method.router_flops(ffn.hidden, num_experts, k, gated) if k < num_experts or method.weighted else 0.0
     return dense * k / num_experts + router

@@ -115,3 +115,12 @@ def test_evenly_reads_all_of_an_ordered_text():
     ids_BS = torch.arange(40)[:, None].expand(40, 8)
     assert evenly([ids_BS], 80)[0][:, 0].tolist() == list(range(0, 40, 4))
     assert torch.equal(evenly([ids_BS], 1000)[0], ids_BS)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [16, 24], [3, 1, 5, 7, 2, 22], [0, 39, 0, 1]])
+def test_evenly_does_not_mind_how_the_text_is_cut_into_batches(sizes):
+    ids_BS = torch.arange(40)[:, None].expand(40, 8)
+    for tokens in (10, 80, 100, 1000):
+        parts = evenly(list(ids_BS.split(sizes)), tokens)
+        assert all(len(part) for part in parts)
+        assert torch.equal(torch.cat(parts), evenly([ids_BS], tokens)[0])

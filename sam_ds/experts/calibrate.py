@@ -40,7 +40,13 @@ class _Reached(Exception):
 def evenly(batches: list[Tensor], tokens: int) -> list[Tensor]:
     """Sequences of about so many tokens in all, taken evenly: text is often ordered by where it comes from."""
     step = max(1, sum(ids_BS.numel() for ids_BS in batches) // tokens)
-    return [ids_BS[::step] for ids_BS in batches]
+    kept = []
+    skip = 0
+    for ids_BS in batches:
+        kept.append(ids_BS[skip::step])
+        # Counted on from batch to batch: a batch may be a single row.
+        skip = (skip - len(ids_BS)) % step
+    return [ids_BS for ids_BS in kept if len(ids_BS)]
 
 
 @torch.no_grad()

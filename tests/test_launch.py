@@ -128,7 +128,7 @@ def refused(tiny, tmp_path, one_rank, monkeypatch):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["model=./nowhere"], "model './nowhere' is neither a folder"),
+        (["model=./nowhere"], "model './nowhere' cannot be loaded"),
         (["data=./nowhere"], "data = './nowhere': there is no such folder"),
         (["sam.num_experts=7", "tiers.large.experts=7"], "num_experts=7 does not divide the 64 neurons"),
         (["sam.nmu_experts=8"], "did you mean 'sam.num_experts'"),

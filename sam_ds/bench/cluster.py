@@ -108,12 +108,11 @@ def _rows_of(model: str) -> dict[str, Tensor]:
     """The normalised gate (or first) projection of every FFN."""
     from transformers import AutoModelForCausalLM
 
+    from sam_ds.experts.checkpoint import readable
     from sam_ds.experts.surgery import find_ffns, matrix
 
-    try:
+    with readable(model):
         found = find_ffns(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     inner = {ffn.path: ffn.module.get_submodule(ffn.gate or ffn.up) for ffn in found}
     return {path: weight_features(matrix(linear).detach().t().float()) for path, linear in inner.items()}
 

@@ -29,6 +29,7 @@ from sam_ds.discovery.kmeans import check_divides
 from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.baselines import BASELINES
 from sam_ds.evaluation.domains import headline
+from sam_ds.experts.checkpoint import readable
 from sam_ds.experts.surgery import find_ffns
 
 
@@ -196,8 +197,6 @@ def _domains(corpus: Corpus, text: str | None) -> list[str]:
 def _load(folder: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with readable(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model, AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {folder!r} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sam_ds.commands.reading import readable, token_rows, window_of
+from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.experts import describe, percent
+from sam_ds.experts.checkpoint import readable
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.model import get_sam_model, is_converted
-from sam_ds.experts.surgery import find_ffns
+from sam_ds.experts.model import check_architecture, get_sam_model, is_converted
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{options.model} is converted already: give the plain model, or merge this one "
                          "(from_pretrained, merge_and_unload, save_pretrained) and convert that")  # fmt: skip
     _check_target(Path(options.out))
-    _check_architecture(options.model, config)
+    with readable(options.model):
+        check_architecture(AutoConfig.from_pretrained(options.model), config)
     corpus = load_corpus(options.calibration, public_every=0)
     with readable(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -64,17 +64,6 @@ def run(options: argparse.Namespace) -> int:
 def _check_target(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: nothing is overwritten, choose another")
-
-
-def _check_architecture(model: str, config: SamConfig) -> None:
-    """What the model's configuration alone can say, before its weights are read."""
-    with readable(model):
-        architecture = AutoConfig.from_pretrained(model)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(architecture)
-    for ffn in find_ffns(empty):
-        rank, _ = config.standin_shape(ffn.hidden)
-        SamFFN(ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=rank)
 
 
 def _check_finite(model: nn.Module) -> None:

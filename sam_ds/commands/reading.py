@@ -1,32 +1,18 @@
-"""What several commands read: models, whose loaders fail in many ways, and rows of tokens from a corpus.
+"""What several commands read: rows of tokens from a corpus.
 
 B rows, S tokens a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import document_ids
-
-
-@contextmanager
-def readable(model: str) -> Iterator[None]:
-    """Whatever transformers raises inside for a folder or hub id that is no model becomes one line of InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"model {model!r} cannot be loaded: {line}") from error
 
 
 def token_rows(

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sam_ds.errors import InputError
 from sam_ds.experts.allocation import allocate, lost_curves
@@ -157,6 +157,18 @@ class SamMixin:
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def check_architecture(architecture: PreTrainedConfig, config: SamConfig) -> PreTrainedModel:
+    """All that can be said before weights are read; returns the model without any (on the meta device).
+
+    Raises InputError as `get_sam_model` does: no FFN found, E does not divide the neurons, a rank above the hidden
+    size; ValueError where the architecture has no causal language model.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture)
+    _wrap(find_ffns(model), config)
+    return model
+
+
 def get_sam_model(
     model: PreTrainedModel, config: SamConfig, *, calibration: Tensor | Iterable[Tensor], progress: bool = True
 ) -> PreTrainedModel:
@@ -175,12 +187,9 @@ def get_sam_model(
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
     ffns = find_ffns(model)
     layers = _wrap(ffns, config)
-    rank, _ = config.standin_shape(ffns[0].hidden)
-    if rank > ffns[0].hidden:
-        raise InputError(f"standin_rank={rank} exceeds the model's hidden size {ffns[0].hidden}; lower it")
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     tokens = sum(ids.numel() for ids in batches)
-    needed = 4 * config.num_experts * (rank + 1)
+    needed = 4 * config.num_experts * (config.standin_shape(ffns[0].hidden)[0] + 1)
     if tokens < needed:
         raise InputError(f"calibration has {tokens} tokens; fitting {config.num_experts} experts needs {needed}")
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -271,6 +280,8 @@ def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
     layers = []
     for ffn in ffns:
         rank, outputs = config.standin_shape(ffn.hidden)
+        if rank > ffn.hidden:
+            raise InputError(f"standin_rank={rank} exceeds the model's hidden size {ffn.hidden}; lower it")
         layers.append(
             SamFFN(
                 ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=rank,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sam_ds.clients.tiers import ModelShape, check_tiers, dealt_tiers
@@ -18,10 +17,9 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
 from sam_ds.errors import InputError
+from sam_ds.experts.checkpoint import readable
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.model import get_sam_model, is_converted
-from sam_ds.experts.surgery import find_ffns
+from sam_ds.experts.model import check_architecture, get_sam_model, is_converted
 from sam_ds.federation.server import public_rows
 
 
@@ -54,20 +52,10 @@ def check_model(config: RunConfig) -> None:
 
     Raises InputError: no such model, no known FFN, E does not divide its neurons, a tier's memory is too small.
     """
-    try:
+    with readable(config.model):
         embedded = config.model == "embedded"
         architecture = base_config(BaseRecipe()) if embedded else AutoConfig.from_pretrained(config.model)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {config.model!r} is neither a folder with a causal language model nor a hub id that can be "
-            f"reached: {str(error).splitlines()[0]}"
-        ) from error
-    own = sam_config(config)
-    for ffn in find_ffns(model):
-        rank, _ = own.standin_shape(ffn.hidden)
-        SamFFN(ffn, num_experts=own.num_experts, top_k=own.top_k, roots=own.roots, standin_rank=rank)
+        model = check_architecture(architecture, sam_config(config))
     check_tiers(ModelShape.of(model), config)
     dealt_tiers(config)
 
@@ -84,8 +72,9 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
         source = str(embedded_base_model(corpus, seed=config.seed))
     else:
         source = config.model
-    model = _load(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with readable(source):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
     rows = -(-config.sam.calibration_tokens // config.evaluation.window)
     calibration = torch.from_numpy(public_rows(config, corpus, tokenizer, rows))
@@ -109,12 +98,6 @@ def _check_lengths(config: RunConfig, model: PreTrainedModel, clients: list[Clie
             pack(client.texts, tokenizer, config.train.sequence, limit_tokens=config.train.sequence)
         except InputError as error:
             raise InputError(f"train.sequence: client {client.client} of {len(clients)}: {error}") from error
-
-
-def _load(source: str) -> PreTrainedModel:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def open_run(config: RunConfig, *, default_out: str) -> Path:

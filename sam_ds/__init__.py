@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from sam_ds.errors import InputError
 
 if TYPE_CHECKING:
+    from sam_ds.experts.checkpoint import from_pretrained
     from sam_ds.experts.config import SamConfig
-    from sam_ds.experts.model import from_pretrained, get_sam_model
+    from sam_ds.experts.convert import get_sam_model
 
 __all__ = ["InputError", "SamConfig", "from_pretrained", "get_sam_model"]
 
-_LAZY = {"SamConfig": "config", "from_pretrained": "model", "get_sam_model": "model"}
+_LAZY = {"SamConfig": "config", "from_pretrained": "checkpoint", "get_sam_model": "convert"}
 
 
 def __getattr__(name: str) -> Any:

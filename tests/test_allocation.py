@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from sam_ds.experts.allocation import allocate, lost_by_budget, output_fisher
 from sam_ds.experts.calibrate import evenly, hidden_of, layer_inputs
+from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import from_pretrained, get_sam_model
+from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.surgery import find_ffns
 
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sam_ds.cli import main
-from sam_ds.experts import model as conversion
+from sam_ds.experts import convert as conversion
+from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import from_pretrained
+from sam_ds.experts.model import SamMixin
 
 SMALL = ["--experts", "8", "--active", "4", "--standin-rank", "4", "--tokens", "512"]
 
@@ -172,7 +173,7 @@ def test_a_failure_while_writing_leaves_nothing(tiny, tmp_path, monkeypatch, cap
         (folder / "half.safetensors").write_text("half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(conversion.SamMixin, "save_pretrained", fail)
+    monkeypatch.setattr(SamMixin, "save_pretrained", fail)
     assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL) == 2
     assert "no space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import torch
 from sam_ds.cli import main
 from sam_ds.evaluation.experts import describe
 from sam_ds.experts.calibrate import hidden_of
-from sam_ds.experts.model import from_pretrained
+from sam_ds.experts.checkpoint import from_pretrained
 
 
 def inspect(capsys, *arguments):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sam_ds.config import ds_config_path
-from sam_ds.experts.model import from_pretrained
+from sam_ds.experts.checkpoint import from_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")

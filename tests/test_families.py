@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sam_ds.errors import InputError
+from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import add_assembler, from_pretrained, get_sam_model
+from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.model import add_assembler
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.experts.units import TRAINS, prepare, read_units, shared_parameters, trained_fields, write_units

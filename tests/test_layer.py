@@ -10,7 +10,7 @@ from reference import moe_output
 from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.lora import LoraSlices
-from sam_ds.experts.model import _install, _wrap
+from sam_ds.experts.model import inject_layers, wrap_ffns
 from sam_ds.experts.surgery import find_ffns, matrix, permute_neurons
 from sam_ds.graph.dag import random_graph
 from sam_ds.graph.route import route
@@ -37,8 +37,8 @@ def pair(request, tiny_llama, tiny_gpt2):
     model = copy.deepcopy(dense)
     config = SamConfig(num_experts=8, top_k=5, roots=2, standin_rank=4)
     ffns = find_ffns(model)
-    layers = _wrap(ffns, config)
-    _install(model, config, ffns, layers)
+    layers = wrap_ffns(ffns, config)
+    inject_layers(model, config, ffns, layers)
     for index, layer in enumerate(layers):
         fill(layer, index)
     return dense, model
@@ -144,7 +144,7 @@ def test_weights_are_views(pair):
 
 def test_a_number_of_experts_that_does_not_divide_names_those_that_do(tiny_llama):
     with pytest.raises(InputError, match=r"num_experts=7 does not divide the 64 neurons .*: 2, 4, 8, 16, 32, 64"):
-        _wrap(find_ffns(tiny_llama()), SamConfig(num_experts=7, top_k=3, roots=1))
+        wrap_ffns(find_ffns(tiny_llama()), SamConfig(num_experts=7, top_k=3, roots=1))
 
 
 def test_a_model_without_a_known_ffn_says_what_was_looked_for():

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from sam_ds.clients.tier_engine import no_counts
 from sam_ds.errors import InputError
+from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import add_assembler, from_pretrained, get_sam_model
+from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.model import add_assembler
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.experts.units import prepare
 

@@ -7,8 +7,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from sam_ds.errors import InputError
+from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import SamMixin, from_pretrained, get_sam_model
+from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.model import SamMixin
 
 IDS = torch.randint(3, 97, (40, 32), generator=torch.Generator().manual_seed(1))
 

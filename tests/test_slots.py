@@ -8,8 +8,9 @@ from reference import expert_output, standin_output
 
 from sam_ds.errors import InputError
 from sam_ds.experts import slots as slots_module
+from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import from_pretrained, get_sam_model
+from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import expert_weights, prepare, read_units, shared_parameters, trained_fields, write_units
 from sam_ds.graph.dag import contract

@@ -10,7 +10,7 @@ from reference import expert_output, ridge_oracle, standin_output
 
 from sam_ds.experts.calibrate import coactivation, layer_inputs
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import get_sam_model
+from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.standins import fit_standins, ridge
 from sam_ds.graph.route import route
 

@@ -7,7 +7,7 @@ import torch
 
 from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import _install, _wrap, add_assembler
+from sam_ds.experts.model import add_assembler, inject_layers, wrap_ffns
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns, matrix
 from sam_ds.experts.units import (
@@ -31,7 +31,7 @@ def model(request, tiny_llama, tiny_gpt2):
     model = tiny_gpt2() if request.param == "gpt2" else tiny_llama(mlp_bias=biases)
     ffns = find_ffns(model)
     config = SamConfig(num_experts=8, top_k=4, roots=2, standin_rank=4)
-    _install(model, config, ffns, _wrap(ffns, config))
+    inject_layers(model, config, ffns, wrap_ffns(ffns, config))
     add_assembler(model, seed=0)
     return model
 

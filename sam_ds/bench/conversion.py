@@ -24,8 +24,8 @@ from sam_ds.evaluation.domains import DomainScore, headline
 from sam_ds.evaluation.nll import token_nll
 from sam_ds.experts.calibrate import hidden_of
 from sam_ds.experts.config import SamConfig
+from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.model import get_sam_model
 from sam_ds.experts.surgery import FFN, find_ffns
 from sam_ds.graph.route import route
 

@@ -27,7 +27,8 @@ from sam_ds.clients.engine import (
 from sam_ds.clients.task import Task, WorkerGroup
 from sam_ds.clients.tiers import ds_config
 from sam_ds.config import RunConfig, TierSection
-from sam_ds.experts.model import add_assembler, from_pretrained
+from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.experts.model import add_assembler
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import expert_weights, prepare, read_units, shared_parameters, trained_fields, write_units
 from sam_ds.graph.route import Counters, route

@@ -21,9 +21,9 @@ from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.experts import describe, percent
-from sam_ds.experts.checkpoint import readable
+from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import check_architecture, get_sam_model, is_converted
+from sam_ds.experts.convert import check_architecture, get_sam_model
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,8 +15,7 @@ from sam_ds.errors import InputError
 from sam_ds.evaluation.experts import LayerFacts, describe, percent
 from sam_ds.evaluation.figure import figure
 from sam_ds.evaluation.svg import arc_diagram
-from sam_ds.experts.checkpoint import readable
-from sam_ds.experts.model import from_pretrained
+from sam_ds.experts.checkpoint import from_pretrained, readable
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import headline, perplexity_by_domain
-from sam_ds.experts.checkpoint import readable
-from sam_ds.experts.model import from_pretrained, is_converted
+from sam_ds.experts.checkpoint import from_pretrained, is_converted, readable
 
 
 def run(options: argparse.Namespace) -> int:

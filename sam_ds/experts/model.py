@@ -1,16 +1,16 @@
-"""`get_sam_model` and what it returns: the same model object, its feed-forward layers now graphs of experts.
+"""A converted model: the same object, its feed-forward layers now graphs of experts.
 
-The returned model stays an instance of its own class (a subclass made on the spot with the same name), so it
-generates, trains under `transformers.Trainer` and saves like the original. A saved folder holds a plain checkpoint
-of the original architecture, computing the same function to rounding, and beside it `sam_config.json` and
-`sam.safetensors` with what SAM adds.
+It stays an instance of its own class (a subclass made on the spot with the same name), so it generates, trains under
+`transformers.Trainer` and saves like the original. A saved folder holds a plain checkpoint of the original
+architecture, computing the same function to rounding, and beside it `sam_config.json` and `sam.safetensors` with what
+SAM adds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
@@ -18,23 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sam_ds.errors import InputError
-from sam_ds.experts.allocation import allocate, lost_curves
-from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
+from sam_ds.experts.allocation import allocate
 from sam_ds.experts.config import CONFIG_FILE, SamConfig
-from sam_ds.experts.layer import SamFFN, check_layers
-from sam_ds.experts.surgery import FFN, find_ffns, install, permute_neurons, uninstall
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.surgery import FFN, install, uninstall
 from sam_ds.graph.assembler import Assembler, AssemblerConfig
 from sam_ds.graph.dag import check_graph, contract
 
 TENSOR_FILE = "sam.safetensors"
-_VERSION = 1
+VERSION = 1
 
 
 class SamMixin:
@@ -153,130 +150,15 @@ class SamMixin:
             own["lost_LK"] = self.sam_lost_LK
         folder = Path(save_directory)
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / TENSOR_FILE)
-        record = {"version": _VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
+        record = {"version": VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def check_architecture(architecture: PreTrainedConfig, config: SamConfig) -> PreTrainedModel:
-    """All that can be said before weights are read; returns the model without any (on the meta device).
+def wrap_ffns(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
+    """The layers that will take the FFNs' places, nothing fitted yet.
 
-    Raises InputError as `get_sam_model` does: no FFN found, E does not divide the neurons, a rank above the hidden
-    size; ValueError where the architecture has no causal language model.
+    Raises InputError: E does not divide the neurons, stand-ins of a rank above the hidden size.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture)
-    _wrap(find_ffns(model), config)
-    return model
-
-
-def get_sam_model(
-    model: PreTrainedModel, config: SamConfig, *, calibration: Tensor | Iterable[Tensor], progress: bool = True
-) -> PreTrainedModel:
-    """Find the experts latent in `model`'s feed-forward layers and put the gate and the graph on them, in place.
-
-    `calibration`: token ids, a (B, S) tensor or an iterable of such; a few thousand tokens of text like the model's.
-    The model computes what it did where all experts are visited (`with model.active(config.num_experts)`).
-
-    Raises InputError: no FFN found, or one that does not compute what its parts suggest, or whose weights cannot be
-    put in another order (quantized, shared); already converted or a mixture of experts; E does not divide the neurons
-    (naming the divisors); stand-ins of a rank above the hidden size; too few calibration tokens, a token id outside
-    the vocabulary, activations that are not finite (naming the layer). Whatever goes wrong, the model is left as it
-    was.
-    """
-    if isinstance(model, SamMixin):
-        raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
-    ffns = find_ffns(model)
-    layers = _wrap(ffns, config)
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    tokens = sum(ids.numel() for ids in batches)
-    needed = 4 * config.num_experts * (config.standin_shape(ffns[0].hidden)[0] + 1)
-    if tokens < needed:
-        raise InputError(f"calibration has {tokens} tokens; fitting {config.num_experts} experts needs {needed}")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for token in (int(ids.min()) for ids in batches):
-        if token < 0:
-            raise InputError(f"calibration has token id {token}; give input ids, not labels with a padding mark")
-    largest = max(int(ids.max()) for ids in batches)
-    if largest >= vocabulary:
-        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
-                         "is it the model's own tokenizer?")  # fmt: skip
-    training = model.training
-    model.eval()
-    try:
-        check_layers(model, ffns, layers, batches[0][:1])
-        # All are found before the first is put in place: what is refused here leaves every weight where it was.
-        orders = []
-        for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
-            x_Td = layer_inputs(model, ffn.entry, batches, DISCOVERY_TOKENS)
-            orders.append(
-                discover(
-                    ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
-                    seed=config.seed + index,
-                )
-            )  # fmt: skip
-        lost_LK = None
-        if config.allocation == "sensitivity":
-            lost_LK = lost_curves(
-                model, ffns, orders, batches, num_experts=config.num_experts, roots=config.roots, seed=config.seed
-            )
-        for ffn, order_m in zip(ffns, orders, strict=True):
-            permute_neurons(ffn, order_m)
-        _install(model, config, ffns, layers, lost_LK)
-        try:
-            affinity = []
-            for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
-                x_Td = layer_inputs(model, layer, batches)
-                affinity.append(
-                    calibrate_layer(
-                        layer, x_Td, standin=config.standin, density=config.density, seed=config.seed + index
-                    )
-                )  # fmt: skip
-        except BaseException:
-            model.merge_and_unload()
-            for ffn, order_m in zip(ffns, orders, strict=True):
-                permute_neurons(ffn, order_m.argsort())
-            raise
-        model.sam_affinity_LEE = torch.stack(affinity)
-    finally:
-        model.train(training)
-    return model
-
-
-def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a folder that a converted model's `save_pretrained` wrote; `kwargs` go to AutoModelForCausalLM.
-
-    Raises InputError where the folder, or one of the two SAM files in it, is missing or does not fit.
-    """
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
-        raise InputError(f"{folder} is not a converted model: it has no {CONFIG_FILE} with {TENSOR_FILE}; "
-                         "convert the plain model with get_sam_model first")  # fmt: skip
-    record = json.loads((folder / CONFIG_FILE).read_text())
-    if record["version"] != _VERSION:
-        raise InputError(f"{folder / CONFIG_FILE} has version {record['version']}, this package reads {_VERSION}")
-    config = SamConfig.from_dict(record["sam"])
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    ffns = find_ffns(model)
-    with safe_open(folder / TENSOR_FILE, "pt") as tensors:
-        own = {name: tensors.get_tensor(name) for name in tensors.keys()}
-    _install(model, config, ffns, _wrap(ffns, config), own.pop("lost_LK", None))
-    model.sam_affinity_LEE = own.pop("affinity_LEE")
-    if any(name.startswith("sam_assembler.") for name in own):
-        add_assembler(model, seed=config.seed)
-    found = model.load_state_dict(own, strict=False)
-    missing = [name for name in found.missing_keys if ".sam." in name or name.startswith("sam_assembler.")]
-    if found.unexpected_keys or missing:
-        raise InputError(f"{folder / TENSOR_FILE} does not fit {folder / CONFIG_FILE}: beyond it it has "
-                         f"{found.unexpected_keys[:5]}, it lacks {missing[:5]}")  # fmt: skip
-    return model
-
-
-def is_converted(folder: str | Path) -> bool:
-    """Whether the folder holds a converted model."""
-    return (Path(folder) / CONFIG_FILE).is_file()
-
-
-def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
     layers = []
     for ffn in ffns:
         rank, outputs = config.standin_shape(ffn.hidden)
@@ -291,9 +173,10 @@ def _wrap(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
     return layers
 
 
-def _install(
+def inject_layers(
     model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers: list[SamFFN], lost_LK: Tensor | None = None
 ) -> None:
+    """Put the layers in the FFNs' places and make the model, in place, one of `SamMixin`."""
     original = {}
     for ffn, layer in zip(ffns, layers, strict=True):
         layer.train(ffn.module.training)

@@ -23,7 +23,8 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import headline, perplexity_by_domain
-from sam_ds.experts.model import add_assembler, from_pretrained
+from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.experts.model import add_assembler
 from sam_ds.experts.units import (
     expert_weights,
     prepare,

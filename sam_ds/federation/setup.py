@@ -17,9 +17,9 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
 from sam_ds.errors import InputError
-from sam_ds.experts.checkpoint import readable
+from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.model import check_architecture, get_sam_model, is_converted
+from sam_ds.experts.convert import check_architecture, get_sam_model
 from sam_ds.federation.server import public_rows
 
 

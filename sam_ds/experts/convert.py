@@ -1,0 +1,106 @@
+"""`get_sam_model`: from a dense causal LM to expert graphs in place, with calibration text.
+
+What can be refused is refused before a weight is moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sam_ds.errors import InputError
+from sam_ds.experts.allocation import lost_curves
+from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
+from sam_ds.experts.config import SamConfig
+from sam_ds.experts.layer import check_layers
+from sam_ds.experts.model import SamMixin, inject_layers, wrap_ffns
+from sam_ds.experts.surgery import find_ffns, permute_neurons
+
+
+def check_architecture(architecture: PreTrainedConfig, config: SamConfig) -> PreTrainedModel:
+    """All that can be said before weights are read; returns the model without any (on the meta device).
+
+    Raises InputError as `get_sam_model` does: no FFN found, E does not divide the neurons, a rank above the hidden
+    size; ValueError where the architecture has no causal language model.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture)
+    wrap_ffns(find_ffns(model), config)
+    return model
+
+
+def get_sam_model(
+    model: PreTrainedModel, config: SamConfig, *, calibration: Tensor | Iterable[Tensor], progress: bool = True
+) -> PreTrainedModel:
+    """Find the experts latent in `model`'s feed-forward layers and put the gate and the graph on them, in place.
+
+    `calibration`: token ids, a (B, S) tensor or an iterable of such; a few thousand tokens of text like the model's.
+    The model computes what it did where all experts are visited (`with model.active(config.num_experts)`).
+
+    Raises InputError: no FFN found, or one that does not compute what its parts suggest, or whose weights cannot be
+    put in another order (quantized, shared); already converted or a mixture of experts; E does not divide the neurons
+    (naming the divisors); stand-ins of a rank above the hidden size; too few calibration tokens, a token id outside
+    the vocabulary, activations that are not finite (naming the layer). Whatever goes wrong, the model is left as it
+    was.
+    """
+    if isinstance(model, SamMixin):
+        raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
+    ffns = find_ffns(model)
+    layers = wrap_ffns(ffns, config)
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    tokens = sum(ids.numel() for ids in batches)
+    needed = 4 * config.num_experts * (config.standin_shape(ffns[0].hidden)[0] + 1)
+    if tokens < needed:
+        raise InputError(f"calibration has {tokens} tokens; fitting {config.num_experts} experts needs {needed}")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for token in (int(ids.min()) for ids in batches):
+        if token < 0:
+            raise InputError(f"calibration has token id {token}; give input ids, not labels with a padding mark")
+    largest = max(int(ids.max()) for ids in batches)
+    if largest >= vocabulary:
+        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+                         "is it the model's own tokenizer?")  # fmt: skip
+    training = model.training
+    model.eval()
+    try:
+        check_layers(model, ffns, layers, batches[0][:1])
+        # All are found before the first is put in place: what is refused here leaves every weight where it was.
+        orders = []
+        for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
+            x_Td = layer_inputs(model, ffn.entry, batches, DISCOVERY_TOKENS)
+            orders.append(
+                discover(
+                    ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
+                    seed=config.seed + index,
+                )
+            )  # fmt: skip
+        lost_LK = None
+        if config.allocation == "sensitivity":
+            lost_LK = lost_curves(
+                model, ffns, orders, batches, num_experts=config.num_experts, roots=config.roots, seed=config.seed
+            )
+        for ffn, order_m in zip(ffns, orders, strict=True):
+            permute_neurons(ffn, order_m)
+        inject_layers(model, config, ffns, layers, lost_LK)
+        try:
+            affinity = []
+            for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
+                x_Td = layer_inputs(model, layer, batches)
+                affinity.append(
+                    calibrate_layer(
+                        layer, x_Td, standin=config.standin, density=config.density, seed=config.seed + index
+                    )
+                )  # fmt: skip
+        except BaseException:
+            model.merge_and_unload()
+            for ffn, order_m in zip(ffns, orders, strict=True):
+                permute_neurons(ffn, order_m.argsort())
+            raise
+        model.sam_affinity_LEE = torch.stack(affinity)
+    finally:
+        model.train(training)
+    return model

@@ -352,7 +352,7 @@ def shared_module(dense):
 def not_a_number(dense):
     with torch.no_grad():
         dense.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
-    return "model.layers.1.mlp: activations on the calibration text are not finite"
+    return "model.layers.1.mlp.up_proj.weight of the model holds values that are not finite"
 
 
 class OtherForm(nn.Module):

@@ -247,6 +247,17 @@ def test_a_refused_conversion_leaves_the_model_alone(dense, changes, calibration
     assert [type(ffn.module) for ffn in find_ffns(model)] == [type(ffn.module) for ffn in find_ffns(dense)]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(dense, value):
+    model = copy.deepcopy(dense)
+    name = [name for name, _ in model.named_parameters()][-1]
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[7] = value
+    with pytest.raises(InputError, match=f"^{name} of the model holds values that are not finite"):
+        get_sam_model(model, CONFIG, calibration=tokens(), progress=False)
+    assert type(model) is type(dense)
+
+
 def test_a_converted_model_is_not_converted_again(model):
     before = logits(model)
     with pytest.raises(InputError, match="converted already"):

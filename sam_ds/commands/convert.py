@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sam_ds.commands.reading import token_rows, window_of
@@ -27,8 +25,8 @@ from sam_ds.experts.convert import check_architecture, get_sam_model
 
 
 def run(options: argparse.Namespace) -> int:
-    """Raises InputError for what `SamConfig`, `load_corpus` and `get_sam_model` refuse, a model that cannot be read,
-    is converted already or holds values that are not finite, and an OUT that is not empty or cannot be written."""
+    """Raises InputError for what `SamConfig`, `load_corpus` and `get_sam_model` refuse, a model that cannot be read
+    or is converted already, and an OUT that is not empty or cannot be written."""
     config = SamConfig(
         num_experts=options.experts, top_k=options.active, roots=options.roots, features=options.features,
         standin=options.standin, standin_rank=options.standin_rank, seed=options.seed,
@@ -45,7 +43,6 @@ def run(options: argparse.Namespace) -> int:
     with readable(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-    _check_finite(model)
     texts = {name: splits.train for name, splits in corpus.domains.items()}
     ids_BS = token_rows(texts, tokenizer, window=window_of(model), tokens=options.tokens)
     with _complete(Path(options.out)) as folder:
@@ -64,14 +61,6 @@ def run(options: argparse.Namespace) -> int:
 def _check_target(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: nothing is overwritten, choose another")
-
-
-def _check_finite(model: nn.Module) -> None:
-    """One NaN would spread over a fit; no forward pass says which weight it came from."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(f"{name} of the model holds values that are not finite: the checkpoint is damaged, "
-                             "or its precision too low for it")  # fmt: skip
 
 
 @contextmanager

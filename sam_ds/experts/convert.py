@@ -44,8 +44,8 @@ def get_sam_model(
     Raises InputError: no FFN found, or one that does not compute what its parts suggest, or whose weights cannot be
     put in another order (quantized, shared); already converted or a mixture of experts; E does not divide the neurons
     (naming the divisors); stand-ins of a rank above the hidden size; too few calibration tokens, a token id outside
-    the vocabulary, activations that are not finite (naming the layer). Whatever goes wrong, the model is left as it
-    was.
+    the vocabulary, weights or activations that are not finite (naming the parameter or layer). Whatever goes wrong, the
+    model is left as it was.
     """
     if isinstance(model, SamMixin):
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
@@ -64,6 +64,11 @@ def get_sam_model(
     if largest >= vocabulary:
         raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
                          "is it the model's own tokenizer?")  # fmt: skip
+    # One NaN would spread over a fit, and no forward pass says which weight it came from.
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name} of the model holds values that are not finite: the checkpoint is damaged, "
+                             "or its precision too low for it")  # fmt: skip
     training = model.training
     model.eval()
     try:

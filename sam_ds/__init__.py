@@ -1,7 +1,8 @@
 """sam_ds: self-assembling expert graphs. Federated learning of the weights and the topology of a language model.
 
 The public verbs are `get_sam_model` and `from_pretrained`; what they return has `save_pretrained`,
-`merge_and_unload`, `print_trainable_parameters`, `active` and `set_graph` beside everything its own class has.
+`merge_and_unload`, `unload`, `print_trainable_parameters`, `active` and `set_graph` beside everything its own class
+has.
 """
 
 from importlib import import_module

@@ -221,6 +221,7 @@ def test_print_trainable_parameters(model, capsys):
     model.print_trainable_parameters()
     train = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    assert model.get_nb_trainable_parameters() == (train, total) and 0 < train < total
     expected = f"trainable params: {train:,} || all params: {total:,} || trainable%: {100 * train / total:.4f}\n"
     assert capsys.readouterr().out == expected
 
@@ -336,6 +337,28 @@ def test_merging_folds(model):
     with model.active(8):
         trained = logits(model)
     close(logits(model.merge_and_unload()), trained)
+
+
+def test_unloading_drops_the_updates(dense, model):
+    plain = with_updates(model).unload()
+    assert plain is model and type(plain) is type(dense)
+    close(logits(plain), logits(dense))
+
+
+def test_a_safe_merge_changes_nothing_where_a_weight_would_overflow(dense):
+    model = with_updates(convert(copy.deepcopy(dense).to(torch.float16)))
+    rows = model.sam_layers[1].lora.down_rows.data
+    # finite itself, and too large for the precision of the weights
+    rows[3] = 1e6
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = model.sam_layers[1].ffn.path
+    with pytest.raises(InputError, match=f"^{path}: its low-rank update makes weights .* not finite in torch.float16"):
+        model.merge_and_unload(safe_merge=True)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    rows[3] = 0.0
+    plain = model.merge_and_unload(safe_merge=True, progressbar=True)
+    assert type(plain) is type(dense) and all(torch.isfinite(p).all() for p in plain.parameters())
 
 
 def test_bf16_converts_runs_trains_and_loads(dense, tmp_path):

@@ -101,7 +101,7 @@ def get_sam_model(
                     )
                 )  # fmt: skip
         except BaseException:
-            model.merge_and_unload()
+            model.unload()
             for ffn, order_m in zip(ffns, orders, strict=True):
                 permute_neurons(ffn, order_m.argsort())
             raise

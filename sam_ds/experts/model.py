@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sam_ds.errors import InputError
@@ -101,29 +102,43 @@ class SamMixin:
             for layer, k in zip(self.sam_layers, before, strict=True):
                 layer.top_k = k
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, counted whole where ZeRO-3 has sharded them away."""
+        counts = [(p.numel() or getattr(p, "ds_numel", 0), p.requires_grad) for p in self.parameters()]  # type: ignore[attr-defined]
+        return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, as PEFT does."""
-        total = sum(p.numel() for p in self.parameters())  # type: ignore[attr-defined]
-        train = sum(p.numel() for p in self.parameters() if p.requires_grad)  # type: ignore[attr-defined]
+        train, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {train:,} || all params: {total:,} || trainable%: {100 * train / total:.4f}")
 
     @torch.no_grad()
-    def fold_lora(self) -> None:
-        """Add the low-rank updates to the weights they belong to, and drop them."""
-        for layer in self.sam_layers:
-            if layer.lora is None:
-                continue
-            up_dm, gate_dm, down_md = layer.matrices()
-            deltas = layer.lora.deltas()
-            up_dm += deltas["up"]
-            down_md += deltas["down"]
-            if gate_dm is not None:
-                gate_dm += deltas["gate"]
+    def fold_lora(self, *, safe: bool = False, progress: bool = False) -> None:
+        """Add the low-rank updates to the weights they belong to, and drop them.
+
+        Raises InputError, if `safe`, for a layer whose weights would not be finite, before any is changed.
+        """
+        adapted = [layer for layer in self.sam_layers if layer.lora is not None]
+        for layer in adapted if safe else []:
+            for weight, delta in _updates(layer):
+                if not torch.isfinite((weight + delta).to(weight.dtype)).all():
+                    raise InputError(f"{layer.ffn.path}: its low-rank update makes weights that are not finite in "
+                                     f"{weight.dtype}; nothing was folded, unload() drops the updates")  # fmt: skip
+        for layer in tqdm(adapted, desc="fold", unit="layer", disable=not progress):
+            for weight, delta in _updates(layer):
+                weight += delta
             layer.lora = None
 
-    def merge_and_unload(self) -> PreTrainedModel:
-        """The plain model of the original class: everything learned folded in, everything of SAM's removed."""
-        self.fold_lora()
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
+        """The plain model of the original class: everything learned folded in, everything of SAM's removed.
+
+        Raises InputError, if `safe_merge`, for a layer whose weights would not be finite; the model is as it was then.
+        """
+        self.fold_lora(safe=safe_merge, progress=progressbar)
+        return self.unload()
+
+    def unload(self) -> PreTrainedModel:
+        """The plain model of the original class; low-rank updates that were not folded are dropped."""
         assert isinstance(self, PreTrainedModel)
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
             uninstall(self, site, original, layer.ffn)
@@ -152,6 +167,15 @@ class SamMixin:
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / TENSOR_FILE)
         record = {"version": VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _updates(layer: SamFFN) -> Iterator[tuple[Tensor, Tensor]]:
+    """The layer's weights, as views, and what its low-rank update adds to each."""
+    assert layer.lora is not None
+    deltas = layer.lora.deltas()
+    for name, weight in zip(("up", "gate", "down"), layer.matrices(), strict=True):
+        if weight is not None:
+            yield weight, deltas[name]
 
 
 def wrap_ffns(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:

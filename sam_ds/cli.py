@@ -57,7 +57,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a converted folder")
+    parser.add_argument("model", help="folder or hub id of a converted model")
     parser.add_argument("--data", metavar="DATA", help=_DATA + "; its valid text is read")
     parser.add_argument("--tokens", type=int, default=16384, help="of that text, evenly over the domains")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -65,7 +65,7 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _perplexity(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or hub id; a converted folder is routed over its graph")
+    parser.add_argument("model", help="folder or hub id; a converted model is routed over its graph")
     parser.add_argument("data", help=_DATA)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
     parser.add_argument("--dense", action="store_true", help="visit all experts: the merged model")

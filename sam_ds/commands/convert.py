@@ -33,12 +33,12 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if options.tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {options.tokens}")
-    if is_converted(options.model):
-        raise InputError(f"{options.model} is converted already: give the plain model, or merge this one "
-                         "(from_pretrained, merge_and_unload, save_pretrained) and convert that")  # fmt: skip
     _check_target(Path(options.out))
     with readable(options.model):
         check_architecture(AutoConfig.from_pretrained(options.model), config)
+    if is_converted(options.model):
+        raise InputError(f"{options.model} is converted already: give the plain model, or merge this one "
+                         "(from_pretrained, merge_and_unload, save_pretrained) and convert that")  # fmt: skip
     corpus = load_corpus(options.calibration, public_every=0)
     with readable(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)

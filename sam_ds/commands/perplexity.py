@@ -19,14 +19,14 @@ def run(options: argparse.Namespace) -> int:
     if not 1 <= options.stride <= options.window:
         raise InputError(f"--stride must be from 1 to --window {options.window}, got {options.stride}")
     corpus = load_corpus(options.data, public_every=0)
-    converted = is_converted(options.model)
     with readable(options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        converted = is_converted(options.model)
         if converted and not options.dense:
             model = from_pretrained(options.model, dtype=torch.float32)
         else:
             # A converted folder is a plain checkpoint too: loaded as such, it is the dense model.
             model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = {name: getattr(splits, options.split) for name, splits in corpus.domains.items()}
     scores = perplexity_by_domain(
         model.eval(), tokenizer, texts, window=options.window, stride=options.stride, batch=options.batch,

@@ -10,11 +10,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
 
 from sam_ds.errors import InputError
 from sam_ds.experts.config import CONFIG_FILE, SamConfig
 from sam_ds.experts.model import TENSOR_FILE, VERSION, add_assembler, inject_layers, wrap_ffns
 from sam_ds.experts.surgery import find_ffns
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 @contextmanager
@@ -29,22 +32,20 @@ def readable(model: str) -> Iterator[None]:
         raise InputError(f"model {model!r} cannot be loaded: {line}") from error
 
 
-def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a folder that a converted model's `save_pretrained` wrote; `kwargs` go to AutoModelForCausalLM.
+def from_pretrained(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load what a converted model's `save_pretrained` wrote: a folder, or the id of its repository on the hub.
 
-    Raises InputError where the folder, or one of the two SAM files in it, is missing or does not fit.
+    `kwargs` go to AutoModelForCausalLM; `revision`, `token` and their like say which repository, for all its files.
+    Raises InputError where one of the two SAM files is missing or does not fit.
     """
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
-        raise InputError(f"{folder} is not a converted model: it has no {CONFIG_FILE} with {TENSOR_FILE}; "
-                         "convert the plain model with get_sam_model first")  # fmt: skip
-    record = json.loads((folder / CONFIG_FILE).read_text())
+    config_file, tensor_file = _sam_files(name, {key: kwargs[key] for key in _HUB if key in kwargs})
+    record = json.loads(config_file.read_text())
     if record["version"] != VERSION:
-        raise InputError(f"{folder / CONFIG_FILE} has version {record['version']}, this package reads {VERSION}")
+        raise InputError(f"{config_file} has version {record['version']}, this package reads {VERSION}")
     config = SamConfig.from_dict(record["sam"])
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     ffns = find_ffns(model)
-    with safe_open(folder / TENSOR_FILE, "pt") as tensors:
+    with safe_open(tensor_file, "pt") as tensors:
         own = {name: tensors.get_tensor(name) for name in tensors.keys()}
     inject_layers(model, config, ffns, wrap_ffns(ffns, config), own.pop("lost_LK", None))
     model.sam_affinity_LEE = own.pop("affinity_LEE")
@@ -53,11 +54,32 @@ def from_pretrained(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     found = model.load_state_dict(own, strict=False)
     missing = [name for name in found.missing_keys if ".sam." in name or name.startswith("sam_assembler.")]
     if found.unexpected_keys or missing:
-        raise InputError(f"{folder / TENSOR_FILE} does not fit {folder / CONFIG_FILE}: beyond it it has "
+        raise InputError(f"{tensor_file} does not fit {config_file}: beyond it it has "
                          f"{found.unexpected_keys[:5]}, it lacks {missing[:5]}")  # fmt: skip
     return model
 
 
-def is_converted(folder: str | Path) -> bool:
-    """Whether the folder holds a converted model."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+def is_converted(name: str | Path) -> bool:
+    """Whether a folder, or a repository on the hub, holds a converted model."""
+    try:
+        _sam_files(name, {})
+    except InputError:
+        return False
+    return True
+
+
+def _sam_files(name: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
+    """The two files that a converted model has beside a plain one's, downloaded where they are not here.
+
+    Raises InputError where they cannot be found.
+    """
+    try:
+        # A name that is no folder is an id on the hub, but a path never is.
+        if isinstance(name, Path) and not name.is_dir():
+            raise OSError("there is no such folder")
+        config_file, tensor_file = (Path(cached_file(name, file, **hub)) for file in (CONFIG_FILE, TENSOR_FILE))
+    except OSError as error:
+        raise InputError(f"{name} is not a converted model: {str(error).splitlines()[0]}; give a folder or hub id that "
+                         "save_pretrained of a converted model wrote, or convert the plain model with "
+                         "get_sam_model") from error  # fmt: skip
+    return config_file, tensor_file

@@ -1,0 +1,81 @@
+"""What a converted model leaves on disk, and where it is read from: folders and the hub."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sam_ds.errors import InputError
+from sam_ds.experts.checkpoint import from_pretrained, is_converted
+from sam_ds.experts.config import SamConfig
+from sam_ds.experts.convert import get_sam_model
+
+IDS = torch.randint(3, 97, (40, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llama):
+    config = SamConfig(num_experts=8, top_k=4, standin_rank=4)
+    return get_sam_model(tiny_llama(), config, calibration=IDS, progress=False)
+
+
+@pytest.fixture
+def model(converted):
+    return copy.deepcopy(converted)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS[:3]).logits
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """`hub(model, revision)` -> what to call `from_pretrained` with to read it as a repository that is in the cache."""
+    # transformers asks the hub which commit a revision is, whatever local_files_only says.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(model, revision):
+        repository = tmp_path / "cache" / "models--someone--experts"
+        commit = f"{len(revision):040x}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        model.save_pretrained(repository / "snapshots" / commit)
+        return {"revision": revision, "cache_dir": tmp_path / "cache", "local_files_only": True}
+
+    return put
+
+
+def test_a_repository_on_the_hub(model, hub):
+    where = hub(model, "main")
+    loaded = from_pretrained("someone/experts", **where)
+    assert torch.equal(logits(loaded), logits(model))
+    with torch.no_grad():
+        model.sam_layers[0].sam.wg.neg_()
+    other = from_pretrained("someone/experts", **hub(model, "second"))
+    assert torch.equal(logits(other), logits(model)) and not torch.equal(logits(other), logits(loaded))
+    assert torch.equal(logits(from_pretrained("someone/experts", **where)), logits(loaded))
+
+
+def test_a_plain_repository_on_the_hub(model, hub):
+    where = hub(model.unload(), "main")
+    assert type(AutoModelForCausalLM.from_pretrained("someone/experts", **where)) is type(model)
+    with pytest.raises(InputError, match="^someone/experts is not a converted model: .*; give a folder or hub id"):
+        from_pretrained("someone/experts", **where)
+
+
+@pytest.mark.parametrize("name", ["no such folder", "./nowhere", "runs/a/b"])
+def test_neither_a_folder_nor_an_id(name):
+    with pytest.raises(InputError, match=f"^{name} is not a converted model: .*Repo id must"):
+        from_pretrained(name)
+    assert not is_converted(name)
+
+
+def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    """Even where it would be an id: a run that has not begun has no base yet."""
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "base", type(tmp_path)("runs/base")):
+        with pytest.raises(InputError, match="is not a converted model: there is no such folder"):
+            from_pretrained(name)
+        assert not is_converted(name)

@@ -79,3 +79,28 @@ def test_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="is not a converted model: there is no such folder"):
             from_pretrained(name)
         assert not is_converted(name)
+
+
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_a_plain_model_saved_over_a_converted_one_is_plain(model, tmp_path, size):
+    """Merged, or loaded as the plain checkpoint that the folder is too; its weights may be the very same."""
+    for plain_of in (lambda: copy.deepcopy(model).merge_and_unload(),
+                     lambda: AutoModelForCausalLM.from_pretrained(tmp_path)):  # fmt: skip
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert is_converted(tmp_path) and (tmp_path / "model.safetensors").is_file() == (size == "50GB")
+        loaded = from_pretrained(tmp_path)
+        assert torch.equal(logits(loaded), logits(model))
+        loaded.save_pretrained(tmp_path, max_shard_size=size)
+        assert is_converted(tmp_path)
+        plain = plain_of()
+        plain.save_pretrained(tmp_path, max_shard_size=size)
+        assert not is_converted(tmp_path)
+        with pytest.raises(InputError, match="a plain model has been saved over it"):
+            from_pretrained(tmp_path)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(plain))
+
+
+def test_a_variant_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match="variant='fp16'"):
+        model.save_pretrained(tmp_path / "new", variant="fp16")
+    assert not (tmp_path / "new").exists()

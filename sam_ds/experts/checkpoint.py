@@ -10,11 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from sam_ds.errors import InputError
 from sam_ds.experts.config import CONFIG_FILE, SamConfig
-from sam_ds.experts.model import TENSOR_FILE, VERSION, add_assembler, inject_layers, wrap_ffns
+from sam_ds.experts.model import TENSOR_FILE, VERSION, add_assembler, inject_layers, is_marked, wrap_ffns
 from sam_ds.experts.surgery import find_ffns
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -36,7 +36,7 @@ def from_pretrained(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load what a converted model's `save_pretrained` wrote: a folder, or the id of its repository on the hub.
 
     `kwargs` go to AutoModelForCausalLM; `revision`, `token` and their like say which repository, for all its files.
-    Raises InputError where one of the two SAM files is missing or does not fit.
+    Raises InputError where one of the two SAM files is missing or does not fit, or a plain model has been saved since.
     """
     config_file, tensor_file = _sam_files(name, {key: kwargs[key] for key in _HUB if key in kwargs})
     record = json.loads(config_file.read_text())
@@ -71,15 +71,20 @@ def is_converted(name: str | Path) -> bool:
 def _sam_files(name: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
     """The two files that a converted model has beside a plain one's, downloaded where they are not here.
 
-    Raises InputError where they cannot be found.
+    Raises InputError where they cannot be found, or lie there still beside a plain model.
     """
     try:
         # A name that is no folder is an id on the hub, but a path never is.
         if isinstance(name, Path) and not name.is_dir():
             raise OSError("there is no such folder")
-        config_file, tensor_file = (Path(cached_file(name, file, **hub)) for file in (CONFIG_FILE, TENSOR_FILE))
+        sam_files = [Path(cached_file(name, file, **hub)) for file in (CONFIG_FILE, TENSOR_FILE)]
+        plain_file = cached_file(name, CONFIG_NAME, **hub)
     except OSError as error:
         raise InputError(f"{name} is not a converted model: {str(error).splitlines()[0]}; give a folder or hub id that "
                          "save_pretrained of a converted model wrote, or convert the plain model with "
                          "get_sam_model") from error  # fmt: skip
-    return config_file, tensor_file
+    if plain_file is None or not is_marked(Path(plain_file)):
+        raise InputError(f"{name} is not a converted model any more: a plain model has been saved over it; load it "
+                         f"with AutoModelForCausalLM and delete {CONFIG_FILE} and {TENSOR_FILE}, which are of the "
+                         "model before")  # fmt: skip
+    return sam_files[0], sam_files[1]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sam_ds.errors import InputError
 from sam_ds.experts.allocation import allocate
@@ -33,6 +34,7 @@ from sam_ds.graph.dag import check_graph, contract
 
 TENSOR_FILE = "sam.safetensors"
 VERSION = 1
+_MARK = "transformers_weights"
 
 
 class SamMixin:
@@ -151,14 +153,21 @@ class SamMixin:
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the folder; low-rank updates must be folded in before (`fold_lora`).
 
-        Raises InputError where an unfolded update would be lost.
+        Raises InputError where an unfolded update would be lost, and for `variant`: a folder has one set of weights.
         """
         if any(layer.lora is not None for layer in self.sam_layers):
             raise InputError("model has low-rank updates that are not in its weights; call fold_lora() before saving")
-        state = kwargs.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
+        if kwargs.get("variant") is not None:
+            raise InputError(f"variant={kwargs['variant']!r}: a converted model has one set of weights a folder; give "
+                             "it a folder of its own instead")  # fmt: skip
+        state = kwargs.pop("state_dict", None)
+        if state is None:
+            state = self.state_dict()  # type: ignore[attr-defined]
         added = [f"{path}.sam." for path in self._sam_original] + ["sam_assembler."]
         plain = {name: value for name, value in state.items() if not name.startswith(tuple(added))}
         super().save_pretrained(save_directory, state_dict=plain, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("is_main_process", True):
+            return
         own = {name: value for name, value in state.items() if name.startswith(tuple(added))}
         own |= {"affinity_LEE": self.sam_affinity_LEE}
         if self.sam_lost_LK is not None:
@@ -167,6 +176,24 @@ class SamMixin:
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, folder / TENSOR_FILE)
         record = {"version": VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        mark(folder)
+
+
+def mark(folder: Path) -> None:
+    """Say in the folder's config.json that its weights are a converted model's (`is_marked`).
+
+    A plain model saved over them leaves SAM's files behind, and must take the mark with it. So the mark is the one
+    field of a configuration that transformers reads and never writes, and says what is so without it.
+    """
+    file = folder / CONFIG_NAME
+    single = (folder / SAFE_WEIGHTS_NAME).is_file()
+    values = json.loads(file.read_text()) | {_MARK: SAFE_WEIGHTS_NAME if single else SAFE_WEIGHTS_INDEX_NAME}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def is_marked(config_file: Path) -> bool:
+    """Whether this config.json was written with a converted model, not with a plain one since."""
+    return _MARK in json.loads(config_file.read_text())
 
 
 def _updates(layer: SamFFN) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,5 +23,8 @@ _LAZY = {"SamConfig": "config", "from_pretrained": "checkpoint", "get_sam_model"
 def __getattr__(name: str) -> Any:
     # Lazy, so that the configuration and the pure parts load without torch and transformers.
     if name in _LAZY:
+        if name != "SamConfig":
+            # A model that a script makes may come under transformers.Trainer; our own runs do without it.
+            import_module("sam_ds.experts.trainer")
         return getattr(import_module(f"sam_ds.experts.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'sam_ds' has no attribute {name!r}")

@@ -1,13 +1,10 @@
-"""What users of PEFT and of the Trainer do with a model, done with a converted one."""
+"""What users of PEFT do with a model, done with a converted one."""
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
 
 from sam_ds.errors import InputError
-from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.model import SamMixin
@@ -66,20 +63,3 @@ def test_a_model_that_zero_3_has_cut_up_is_refused(tiny_llama):
         parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
     with pytest.raises(InputError, match="cut into shards by ZeRO-3 .* before TrainingArguments"):
         convert(model)
-
-
-def test_the_trainer_goes_on_from_a_checkpoint(tiny_llama, tmp_path):
-    """It reads the plain weights into the model it is given, so that one has to come from the checkpoint."""
-    rows = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
-
-    def train(model, checkpoint=None):
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-2, report_to=[],
-            use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=checkpoint)
-        return model.state_dict()
-
-    whole = train(convert(tiny_llama()))
-    again = train(from_pretrained(tmp_path / "checkpoint-2"), str(tmp_path / "checkpoint-2"))
-    torch.testing.assert_close(again, whole)

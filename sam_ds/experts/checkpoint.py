@@ -14,7 +14,15 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from sam_ds.errors import InputError
 from sam_ds.experts.config import CONFIG_FILE, SamConfig
-from sam_ds.experts.model import TENSOR_FILE, VERSION, add_assembler, inject_layers, is_marked, wrap_ffns
+from sam_ds.experts.model import (
+    TENSOR_FILE,
+    VERSION,
+    add_assembler,
+    assembler_prior,
+    inject_layers,
+    is_marked,
+    wrap_ffns,
+)
 from sam_ds.experts.surgery import find_ffns
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -39,24 +47,49 @@ def from_pretrained(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises InputError where one of the two SAM files is missing or does not fit, or a plain model has been saved since.
     """
     config_file, tensor_file = _sam_files(name, {key: kwargs[key] for key in _HUB if key in kwargs})
+    config = _read_config(config_file)
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    ffns = find_ffns(model)
+    inject_layers(model, config, ffns, wrap_ffns(ffns, config))
+    _fill(model, tensor_file)
+    return model
+
+
+def restore_sam(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put what SAM adds to the converted model in this folder into one converted alike; the weights are left alone.
+
+    Raises InputError as `from_pretrained` does, and where the two were not converted with the same configuration.
+    """
+    config_file, tensor_file = _sam_files(Path(folder), {})
+    config = _read_config(config_file)
+    if config != model.sam_config:
+        raise InputError(f"{folder} was converted with {config}, the model with {model.sam_config}: load the model "
+                         f"with from_pretrained({str(folder)!r}) instead")  # fmt: skip
+    _fill(model, tensor_file)
+
+
+def _read_config(config_file: Path) -> SamConfig:
     record = json.loads(config_file.read_text())
     if record["version"] != VERSION:
         raise InputError(f"{config_file} has version {record['version']}, this package reads {VERSION}")
-    config = SamConfig.from_dict(record["sam"])
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    ffns = find_ffns(model)
+    return SamConfig.from_dict(record["sam"])
+
+
+def _fill(model: PreTrainedModel, tensor_file: Path) -> None:
     with safe_open(tensor_file, "pt") as tensors:
         own = {name: tensors.get_tensor(name) for name in tensors.keys()}
-    inject_layers(model, config, ffns, wrap_ffns(ffns, config), own.pop("lost_LK", None))
+    lost_LK = own.pop("lost_LK", None)
     model.sam_affinity_LEE = own.pop("affinity_LEE")
-    if any(name.startswith("sam_assembler.") for name in own):
-        add_assembler(model, seed=config.seed)
+    if any(name.startswith("sam_assembler.") for name in own) and model.sam_assembler is None:
+        add_assembler(model, seed=model.sam_config.seed)
+    elif model.sam_assembler is not None:
+        model.sam_assembler.prior_LEE.copy_(assembler_prior(model.sam_affinity_LEE))
     found = model.load_state_dict(own, strict=False)
     missing = [name for name in found.missing_keys if ".sam." in name or name.startswith("sam_assembler.")]
     if found.unexpected_keys or missing:
-        raise InputError(f"{tensor_file} does not fit {config_file}: beyond it it has "
-                         f"{found.unexpected_keys[:5]}, it lacks {missing[:5]}")  # fmt: skip
-    return model
+        raise InputError(f"{tensor_file} does not fit its {CONFIG_FILE}: beyond it it has {found.unexpected_keys[:5]}, "
+                         f"it lacks {missing[:5]}")  # fmt: skip
+    model.allot(lost_LK)
 
 
 def is_converted(name: str | Path) -> bool:

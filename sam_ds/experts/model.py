@@ -85,6 +85,12 @@ class SamMixin:
             return [top_k] * len(self.sam_layers)
         return allocate(self.sam_lost_LK, top_k, self.sam_config.roots)
 
+    def allot(self, lost_LK: Tensor | None) -> None:
+        """From now on visit as many experts in each layer as `budgets` says by this loss (L, E + 1)."""
+        self.sam_lost_LK = lost_LK
+        for layer, budget in zip(self.sam_layers, self.budgets(self.sam_config.top_k), strict=True):
+            layer.top_k = budget
+
     @contextmanager
     def active(self, top_k: int) -> Iterator[None]:
         """Visit `top_k` experts a token inside the block, on average over the layers; num_experts computes exactly
@@ -249,14 +255,16 @@ def inject_layers(
     model.sam_assembler = None
     model.sam_condition = None
     model.sam_affinity_LEE = torch.ones(len(layers), config.num_experts, config.num_experts)
-    model.sam_lost_LK = lost_LK
-    for layer, budget in zip(layers, model.budgets(config.top_k), strict=True):
-        layer.top_k = budget
+    model.allot(lost_LK)
 
 
 def add_assembler(model: PreTrainedModel, *, seed: int) -> None:
     """Give a converted model the assembler, its prior the log of the co-activation lift (0 = independent)."""
     assert isinstance(model, SamMixin)
     shape = AssemblerConfig(layers=len(model.sam_layers), num_experts=model.sam_config.num_experts)
-    prior_LEE = model.sam_affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()
-    model.sam_assembler = Assembler(shape, prior_LEE, seed)
+    model.sam_assembler = Assembler(shape, assembler_prior(model.sam_affinity_LEE), seed)
+
+
+def assembler_prior(affinity_LEE: Tensor) -> Tensor:
+    """(L, E, E) logits the assembler starts from."""
+    return affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()

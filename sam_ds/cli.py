@@ -53,6 +53,10 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--features", default="weights", help="cluster by: weights, activations or output")
     parser.add_argument("--standin", default="linear", help="for experts not visited: none, mean or linear")
     parser.add_argument("--standin-rank", type=int, default=16, help="of the linear stand-ins")
+    parser.add_argument("--allocation", default="sensitivity",
+                        help="visit --active in every layer: uniform; on average: sensitivity")  # fmt: skip
+    parser.add_argument("--density", type=float, default=0.5, help="share of the possible edges in the graph")
+    parser.add_argument("--device", default="cpu", help="where the model is while it is converted, such as cuda")
     parser.add_argument("--seed", type=int, default=0)
 
 

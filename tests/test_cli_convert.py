@@ -56,6 +56,24 @@ def test_every_layer_is_summed_up_and_an_empty_folder_is_taken(tiny, tmp_path, c
     assert 500 <= int(last.split(" tokens")[0].split()[-1]) <= 520
 
 
+def test_a_budget_a_layer_and_another_density(tiny, tmp_path):
+    flags = ("--allocation", "uniform", "--density", "1", "--device", "cpu")
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, *flags) == 0
+    model = from_pretrained(tmp_path / "out")
+    assert model.sam_config.allocation == "uniform" and [layer.top_k for layer in model.sam_layers] == [4, 4]
+    assert model.graph().sum(dim=(1, 2)).tolist() == [27, 27]
+
+
+@pytest.mark.gpu
+def test_a_folder_made_on_cuda_is_read_on_a_cpu(tiny, tmp_path):
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--device", "cuda") == 0
+    model = from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad(), model.active(8):
+        plain = AutoModelForCausalLM.from_pretrained(tiny.model)
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-3, rtol=1e-3)
+
+
 def test_weights_keep_their_precision(tiny, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
@@ -107,6 +125,10 @@ def refused(tmp_path, capsys, monkeypatch):
         (["--roots", "5"], ["roots must be from 1 to top_k=4"]),
         (["--standin-rank", "33"], ["standin_rank=33 exceeds the model's hidden size 32"]),
         (["--features", "names"], ["features must be one of weights, activations, output"]),
+        (["--allocation", "even"], ["allocation must be one of uniform, sensitivity, got 'even'"]),
+        (["--density", "0"], ["density must be in (0, 1], got 0.0"]),
+        (["--device", "meta"], ["--device 'meta' is not on this machine, which has cpu"]),
+        (["--device", "cuda:99"], ["--device 'cuda:99' is not on this machine"]),
         (["--tokens", "150"], ["calibration has 150 tokens", "needs 160"]),
         (["--tokens", "0"], ["--tokens must be at least 1, got 0"]),
     ],

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sam_ds.commands.reading import token_rows, window_of
@@ -26,11 +27,13 @@ from sam_ds.experts.convert import check_architecture, get_sam_model
 
 def run(options: argparse.Namespace) -> int:
     """Raises InputError for what `SamConfig`, `load_corpus` and `get_sam_model` refuse, a model that cannot be read
-    or is converted already, and an OUT that is not empty or cannot be written."""
+    or is converted already, a device that there is not, and an OUT that is not empty or cannot be written."""
     config = SamConfig(
         num_experts=options.experts, top_k=options.active, roots=options.roots, features=options.features,
-        standin=options.standin, standin_rank=options.standin_rank, seed=options.seed,
+        standin=options.standin, standin_rank=options.standin_rank, allocation=options.allocation,
+        density=options.density, seed=options.seed,
     )  # fmt: skip
+    device = _device(options.device)
     if options.tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {options.tokens}")
     _check_target(Path(options.out))
@@ -47,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     ids_BS = token_rows(texts, tokenizer, window=window_of(model), tokens=options.tokens)
     with _complete(Path(options.out)) as folder:
         start = time.perf_counter()
-        get_sam_model(model, config, calibration=ids_BS)
+        get_sam_model(model.to(device), config, calibration=ids_BS)
         seconds = time.perf_counter() - start
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -56,6 +59,17 @@ def run(options: argparse.Namespace) -> int:
         print(f"layer {index}: {layer.summary()}, others visited by {percent(rarest)} to {percent(most)} of the tokens")
     print(f"{options.out}: {len(model.sam_layers)} layers, {ids_BS.numel()} tokens, {seconds:.1f} s")
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """Raises InputError for a device that this machine has not."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu"]
+    if found is not None:
+        known += [found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in known:
+        raise InputError(f"--device {name!r} is not on this machine, which has {', '.join(known)}")
+    return torch.device(name)
 
 
 def _check_target(out: Path) -> None:

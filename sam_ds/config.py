@@ -98,6 +98,11 @@ class TrainSection(Checked):
     whole: Probability = 0.0  # share of the steps that visit all experts held: the merged model's part (1903.05134)
     dense: bool = True  # also what belongs to no expert: all of it beside `full` rows, the norms beside `lora` slices
 
+    def whole_steps(self) -> list[bool]:
+        """Of each step, whether it visits all experts held: `whole` of them, rounded down, spread evenly."""
+        done = [int(step * self.whole) for step in range(self.steps + 1)]
+        return [after > before for before, after in zip(done, done[1:], strict=False)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WireSection(Checked):

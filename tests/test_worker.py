@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from in_process import Federation, task_for
 
+from sam_ds.federation.metrics import active_flops
+from sam_ds.federation.participation import ClientPlan
 from sam_ds.wire.payload import ExpertUnit
 
 SMALL, MEDIUM, LARGE = 0, 4, 5  # clients of these tiers: 4, 6 and 8 experts, a token visits 4
@@ -165,3 +167,25 @@ def test_whole_steps_visit_all_experts_held(tiny, new_worker, tmp_path, whole, r
         assert together[0, 1] == result.tokens * routed / steps
     gate = [delta for unit, delta in result.deltas.items() if isinstance(unit, ExpertUnit) and unit.tensor == "wg"]
     assert any(delta.any() for delta in gate) == (routed > 0)
+
+
+@pytest.mark.parametrize(("share", "steps"), [
+    (0.0, [0, 0, 0, 0, 0, 0]), (0.67, [0, 1, 1, 0, 1, 1]), (0.1, [0, 0, 0, 0, 0, 0]), (1.0, [1, 1, 1, 1, 1, 1]),
+])  # fmt: skip
+def test_what_whole_steps_cost_is_counted_exactly(tiny, tmp_path, share, steps):
+    """0.67 of six steps are four, 0.1 of them none."""
+
+    def flops(whole):
+        config = tiny.config(tmp_path / "run", "train.steps=6", f"train.whole={whole}")
+        server = Federation.of(config, tiny.base).server
+        task = task_for(server, LARGE)
+        client = ClientPlan(
+            client=LARGE, tier=task.tier, experts=task.held, h=np.ones((2, 8)), pi=1.0, sent=task.sent
+        )  # fmt: skip
+        return config.train.whole_steps(), active_flops(server, client, 600)
+
+    done, counted = flops(share)
+    assert done == [bool(step) for step in steps]
+    none, every = flops(0.0)[1], flops(1.0)[1]
+    assert every > none
+    assert counted == pytest.approx(none + sum(steps) / 6 * (every - none), rel=1e-12)

@@ -83,12 +83,9 @@ class Worker:
             len(rows), settings.batch, settings.steps, (self.config.seed, task.round, task.client)
         )  # fmt: skip
         losses = [
-            engine.step(
-                torch.from_numpy(rows[picked]), learning_rate(self.config, task.round, step),
-                whole=int((step + 1) * settings.whole) > int(step * settings.whole),
-            )
-            for step, picked in enumerate(order)
-        ]  # fmt: skip
+            engine.step(torch.from_numpy(rows[picked]), learning_rate(self.config, task.round, step), whole=whole)
+            for step, (picked, whole) in enumerate(zip(order, settings.whole_steps(), strict=True))
+        ]
         after = engine.read(task.held)
         sent = [set(experts) for experts in task.sent]
         deltas = {

@@ -95,7 +95,8 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
             standin_rank=section.standin_rank, standin=section.standin,
         )  # fmt: skip
 
-    whole = server.config.train.whole if server.method.sparse else 1.0
+    steps = server.config.train.whole_steps()
+    whole = sum(steps) / len(steps) if server.method.sparse else 1.0
     ffn = 0.0
     for layer, held in zip(layers, client.experts, strict=True):
         most = len(held) if server.method.sparse else server.num_experts

@@ -105,6 +105,26 @@ def graphs(draw: st.DrawFn, max_experts: int = 9) -> tuple[np.ndarray, int]:
 
 # experts
 
+def pairs_by_slot(slot_TJ):
+    """(slot, token) of every choice, sorted by slot, then by token."""
+    choices = [(slot, t) for t, slots in enumerate(slot_TJ.tolist()) for slot in slots]
+    return sorted(choices, key=lambda pair: pair[0])
+
+
+def products_into(x_Td, weight_dm, slot_TJ, r, n):
+    """x W[:, :r], and x_t W_e of one pair after the other."""
+    rows = [x_Td[t] @ weight_dm[:, slot * n : (slot + 1) * n] for slot, t in pairs_by_slot(slot_TJ)]
+    return x_Td @ weight_dm[:, :r], torch.stack(rows) if rows else x_Td.new_zeros(0, n)
+
+
+def products_out_of(hidden_Tr, hidden_Pn, weight_md, slot_TJ, n):
+    """hidden W[:r], and hidden_p W_e of one pair after the other added to its token's row."""
+    rows = list(hidden_Tr @ weight_md[: hidden_Tr.shape[1]])
+    for hidden_n, (slot, t) in zip(hidden_Pn, pairs_by_slot(slot_TJ), strict=True):
+        rows[t] = rows[t] + hidden_n @ weight_md[slot * n : (slot + 1) * n]
+    return torch.stack(rows)
+
+
 def moe_output(layer, x_Td):
     """y = sum_e s_e(x) + sum_{e in A(x)} w_e (f_e(x) - s_e(x)), one token and one expert at a time."""
     parts = layer.sam

@@ -8,6 +8,7 @@ import torch
 from reference import moe_output
 
 from sam_ds.errors import InputError
+from sam_ds.experts import grouped
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.model import inject_layers, wrap_ffns
@@ -62,7 +63,9 @@ def test_all_experts_visited_is_the_dense_model_in_logits_and_gradients(pair):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_routed_layer_is_its_formula(pair, lora):
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_routed_layer_is_its_formula(pair, lora, kernel, monkeypatch):
+    monkeypatch.setattr(grouped, "_worth_grouping", lambda *_: kernel)
     _, model = pair
     layer = model.sam_layers[0]
     if lora:

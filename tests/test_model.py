@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from sam_ds.clients.tier_engine import no_counts
 from sam_ds.errors import InputError
+from sam_ds.experts import grouped
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
@@ -378,8 +379,11 @@ def test_bf16_converts_runs_trains_and_loads(dense, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_autocast(dense, lora):
-    """As `transformers.Trainer` does with bf16=True; a rank of 8 takes the grouped kernel where it can."""
+@pytest.mark.parametrize("kernel", [False, True])
+def test_autocast(dense, lora, kernel, monkeypatch):
+    """As `transformers.Trainer` does with bf16=True; a rank of 8 suits the grouped kernel too."""
+    # A layer with no choice has no pairs.
+    monkeypatch.setattr(grouped, "_worth_grouping", lambda _, pairs: kernel and len(pairs.order_P) > 0)
     model = convert(dense, standin_rank=8)
     if lora:
         prepare(with_updates(model), "lora", rank=8, alpha=8.0, seed=0)

@@ -23,8 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sam_ds.bench.timing import Timed, interleave
 from sam_ds.errors import InputError
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.model import SamConfig
+from sam_ds.experts.model import wrap_ffns
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.graph.dag import random_graph
 from sam_ds.graph.route import route
@@ -105,17 +106,14 @@ def _check(options: argparse.Namespace) -> list[int]:
 
 def _layer(options: argparse.Namespace, generator: torch.Generator) -> tuple[nn.Module, SamFFN]:
     """The dense FFN and the layer made from it, on the same weights; all that a conversion would fit is random."""
-    config = SamConfig(num_experts=options.experts, top_k=options.experts)
+    config = SamConfig(num_experts=options.experts, top_k=options.experts, standin_rank=min(16, options.d))
 
     def normal(to: Tensor, fan_in: int) -> None:
         to.copy_(torch.randn(to.shape, generator=generator) / fan_in**0.5)
 
     mlp = gated_ffn(options.d, options.m).to(_DTYPES[options.dtype])
     (ffn,) = find_ffns(nn.ModuleDict({"mlp": mlp}))
-    layer = SamFFN(
-        ffn, num_experts=options.experts, top_k=options.experts, roots=config.roots,
-        standin_rank=min(config.rank, options.d), standin_outputs=min(config.outputs, options.d),
-    )  # fmt: skip
+    (layer,) = wrap_ffns([ffn], config)
     parts = layer.sam
     with torch.no_grad():
         for weight in mlp.parameters():

@@ -1,24 +1,191 @@
-"""Multiplying rows by the matrix of their group: one call for all experts.
+"""The two products of a routed FFN: into the neurons of the experts that each token visits, and out of them.
 
-Legend: P rows (token, expert pairs sorted by expert), S slots, I inputs, O outputs.
+Every token visits the roots, whose neurons come first: all tokens times one block of the weights. The others are
+(token, expert) pairs, sorted by expert:
+
+    into     hidden = x W[:, :r] of the roots;    x_t W_e of every pair (t, e)
+    out of   y = hidden W[:r] of the roots, and y_t grows by hidden W_e for every pair (t, e)
+
+On a GPU `grouped_mm` takes all pairs at once. On the CPU a (P, d) array costs a quarter of its product in fresh pages
+(`examples/benchmarks/layer.md`), so a loop takes one expert's rows at a time and adds what it gets in place, backward
+as well; the gradient of a weight is written once, in the layout of the weight.
+
+Legend: T tokens, P pairs, S slots, J choices a token, d hidden size, or a rank in its place, n neurons an expert,
+m = S n, r neurons of all the roots; t and p tokens and pairs of one expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 
-def grouped_matmul(x_PI: Tensor, weight_SIO: Tensor, ends_S: Tensor) -> Tensor:
-    """(P, O) in the weights' precision: row p times the matrix of its group, which owns rows [ends[s-1], ends[s]).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pairs:
+    """Which tokens go to which expert beside the roots; made by `pairs_of`."""
 
-    `ends_S` int32, ends_S[-1] == P. Where the shapes do not suit the grouped kernel (rows of 16 bytes), and for a
-    handful of rows, where its start-up costs more than it saves, a loop over the groups computes the same.
-    """
-    x_PI = x_PI.to(weight_SIO.dtype)  # under autocast a product of two fp32 matrices comes in half precision
-    aligned = all(size * x_PI.element_size() % 16 == 0 for size in weight_SIO.shape[1:])
-    if aligned and x_PI.shape[0] >= 4 * weight_SIO.shape[0]:
-        return grouped_mm(x_PI, weight_SIO, offs=ends_S)
-    sizes = torch.diff(ends_S, prepend=ends_S.new_zeros(1)).tolist()
-    return torch.cat([rows @ weight_SIO[slot] for slot, rows in enumerate(x_PI.split(sizes))])
+    order_P: Tensor
+    """Sorts the pairs by slot; unsorted, pair i is of token i // J."""
+    slot_P: Tensor
+    """The slot of every sorted pair."""
+    ends_S: Tensor
+    """int32: slot s has the sorted pairs [ends[s-1], ends[s]); a root has none."""
+    choices: int
+    roots: int
+    neurons: int
+
+    @property
+    def token_P(self) -> Tensor:
+        """The token of every sorted pair."""
+        return self.order_P // self.choices
+
+    def experts(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Of every expert that has pairs: these, its neurons, its tokens. Waits for the device once."""
+        token_P, start = self.token_P, 0
+        for slot, end in enumerate(self.ends_S.tolist()):
+            if end > start:
+                yield slice(start, end), slice(slot * self.neurons, (slot + 1) * self.neurons), token_P[start:end]
+            start = end
+
+
+def pairs_of(slot_TJ: Tensor, *, slots: int, roots: int, neurons: int) -> Pairs:
+    """From the slot of every choice, none of them a root's."""
+    slot_P, order_P = slot_TJ.flatten().sort(stable=True)
+    return Pairs(
+        order_P=order_P, slot_P=slot_P, ends_S=slot_P.bincount(minlength=slots).cumsum(0).int(),
+        choices=slot_TJ.shape[1], roots=roots, neurons=neurons,
+    )  # fmt: skip
+
+
+def into(x_Td: Tensor, weights_dm: Sequence[Tensor], pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+    """For each weight (T, r) of the roots and (P, n) of the sorted pairs, in the weights' precision."""
+    x_Td, *weights_dm = _same_precision(x_Td, *weights_dm)
+    if not _worth_grouping(weights_dm[0], pairs):
+        out = _Into.apply(pairs, x_Td, *weights_dm)
+        return list(zip(out[::2], out[1::2], strict=True))
+    x_Pd, r = x_Td.index_select(0, pairs.token_P), pairs.roots * pairs.neurons
+    experts_Sdn = [weight_dm.unflatten(1, (-1, pairs.neurons)).transpose(0, 1) for weight_dm in weights_dm]
+    return [
+        (x_Td @ weight_dm[:, :r], grouped_mm(x_Pd, weight_Sdn, offs=pairs.ends_S))
+        for weight_dm, weight_Sdn in zip(weights_dm, experts_Sdn, strict=True)
+    ]
+
+
+def out_of(hidden_Tr: Tensor, hidden_Pn: Tensor, weight_md: Tensor, pairs: Pairs) -> Tensor:
+    """(T, d) the sums over the visited, in the weight's precision."""
+    hidden_Tr, hidden_Pn, weight_md = _same_precision(hidden_Tr, hidden_Pn, weight_md)
+    if not _worth_grouping(weight_md.t(), pairs):
+        return _OutOf.apply(pairs, hidden_Tr, hidden_Pn, weight_md)
+    out_Pd = grouped_mm(hidden_Pn, weight_md.unflatten(0, (-1, pairs.neurons)), offs=pairs.ends_S)
+    # Not `index_add`, which on a GPU adds in another order every time.
+    out_TJd = out_Pd.index_select(0, pairs.order_P.argsort()).unflatten(0, (-1, pairs.choices))
+    return hidden_Tr @ weight_md[: hidden_Tr.shape[1]] + out_TJd.sum(1)
+
+
+def _same_precision(*values: Tensor) -> list[Tensor]:
+    """In that of the last, a weight; under autocast, which does not know the products here, in autocast's."""
+    device = values[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values[-1].dtype
+    return [value.to(dtype) for value in values]
+
+
+def _worth_grouping(weight_dm: Tensor, pairs: Pairs) -> bool:
+    """On a GPU, where rows are of 16 bytes, as the kernel wants them, and more than a handful."""
+    aligned = all(size * weight_dm.element_size() % 16 == 0 for size in (weight_dm.shape[0], pairs.neurons))
+    return weight_dm.is_cuda and aligned and len(pairs.order_P) >= 4 * len(pairs.ends_S)
+
+
+def _without_autocast(step: Callable[..., Any]) -> Callable[..., Any]:
+    """What comes in has the precision it is to be multiplied in."""
+
+    @wraps(step)
+    def run(ctx: Any, *args: Any) -> Any:
+        with torch.autocast(args[-1].device.type, enabled=False):
+            return step(ctx, *args)
+
+    return run
+
+
+class _Into(torch.autograd.Function):
+    """`into` as a loop; its outputs in one row."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: Any, pairs: Pairs, x_Td: Tensor, *weights_dm: Tensor) -> tuple[Tensor, ...]:
+        ctx.pairs = pairs
+        ctx.save_for_backward(x_Td, *weights_dm)
+        r = pairs.roots * pairs.neurons
+        outs_Pn = [x_Td.new_empty(len(pairs.order_P), pairs.neurons) for _ in weights_dm]
+        for rows, own, tokens in pairs.experts():
+            x_td = x_Td.index_select(0, tokens)
+            for weight_dm, out_Pn in zip(weights_dm, outs_Pn, strict=True):
+                torch.mm(x_td, weight_dm[:, own], out=out_Pn[rows])
+        outs_Tr = [x_Td @ weight_dm[:, :r] for weight_dm in weights_dm]
+        return tuple(out for both in zip(outs_Tr, outs_Pn, strict=True) for out in both)
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pairs, (x_Td, *weights_dm) = ctx.pairs, ctx.saved_tensors
+        _, need_x, *need_weights = ctx.needs_input_grad
+        r = pairs.roots * pairs.neurons
+        dx_Td = torch.zeros_like(x_Td)
+        dweights_dm = [
+            torch.zeros_like(weight_dm) if need else None
+            for weight_dm, need in zip(weights_dm, need_weights, strict=True)
+        ]
+        parts = list(zip(weights_dm, dweights_dm, grads[::2], grads[1::2], strict=True))
+        for weight_dm, dweight_dm, dout_Tr, _ in parts:
+            if need_x:
+                dx_Td.addmm_(dout_Tr, weight_dm[:, :r].t())
+            if dweight_dm is not None:
+                torch.mm(x_Td.t(), dout_Tr, out=dweight_dm[:, :r])
+        for rows, own, tokens in pairs.experts():
+            x_td = x_Td.index_select(0, tokens)
+            dx_td = torch.zeros_like(x_td)
+            for weight_dm, dweight_dm, _, dout_Pn in parts:
+                if need_x:
+                    dx_td.addmm_(dout_Pn[rows], weight_dm[:, own].t())
+                if dweight_dm is not None:
+                    torch.mm(x_td.t(), dout_Pn[rows], out=dweight_dm[:, own])
+            dx_Td.index_add_(0, tokens, dx_td)
+        return None, dx_Td if need_x else None, *dweights_dm
+
+
+class _OutOf(torch.autograd.Function):
+    """`out_of` as a loop. A token has an expert once, so that adding is in one order on every device."""
+
+    @staticmethod
+    @_without_autocast
+    def forward(ctx: Any, pairs: Pairs, hidden_Tr: Tensor, hidden_Pn: Tensor, weight_md: Tensor) -> Tensor:
+        ctx.pairs = pairs
+        ctx.save_for_backward(hidden_Tr, hidden_Pn, weight_md)
+        y_Td = hidden_Tr @ weight_md[: hidden_Tr.shape[1]]
+        for rows, own, tokens in pairs.experts():
+            y_Td.index_add_(0, tokens, hidden_Pn[rows] @ weight_md[own])
+        return y_Td
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx: Any, dy_Td: Tensor) -> tuple[Tensor | None, ...]:
+        pairs, (hidden_Tr, hidden_Pn, weight_md) = ctx.pairs, ctx.saved_tensors
+        r, need_weight = hidden_Tr.shape[1], ctx.needs_input_grad[3]
+        dhidden_Tr, dhidden_Pn = dy_Td @ weight_md[:r].t(), torch.empty_like(hidden_Pn)
+        dweight_md = torch.zeros_like(weight_md) if need_weight else None
+        if dweight_md is not None:
+            torch.mm(hidden_Tr.t(), dy_Td, out=dweight_md[:r])
+        for rows, own, tokens in pairs.experts():
+            dy_td = dy_Td.index_select(0, tokens)
+            torch.mm(dy_td, weight_md[own].t(), out=dhidden_Pn[rows])
+            if dweight_md is not None:
+                torch.mm(hidden_Pn[rows].t(), dy_td, out=dweight_md[own])
+        return None, dhidden_Tr, dhidden_Pn, dweight_md

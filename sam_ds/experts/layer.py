@@ -10,7 +10,7 @@ the layer holds only some experts: its *slots*, in ascending order of expert id,
 the sum of their stand-ins.
 
 Legend: T tokens, S slots (= E experts where all are held), J = k - roots choices, P = T J pairs, n neurons an expert,
-m = S n, d hidden, q and p input and output rank of the stand-ins, Q = q + 1, R LoRA rank.
+m = S n, r neurons of all the roots, d hidden, q and p input and output rank of the stand-ins, Q = q + 1, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_ds.errors import InputError
-from sam_ds.experts.grouped import grouped_matmul
+from sam_ds.experts.grouped import Pairs, into, out_of, pairs_of
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.standins import with_one
 from sam_ds.experts.surgery import FFN
 from sam_ds.graph.route import Counters, count, gate_values, route, straight_through
+
+Hidden = tuple[Tensor, Tensor]
+"""Of the roots (T, r) and of the pairs of tokens and other experts (P, n)."""
 
 
 class SamParts(nn.Module):
@@ -116,11 +119,11 @@ class SamFFN(nn.Module):
         """(..., d) -> (..., d). The FFNs that are given the residual (Bloom's) return the sum."""
         x_Td = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.top_k >= self.slots:
-            y_Td = self._dense(x_Td, self.slots)
+            y_Td = self._dense(x_Td)
             if self.slots < self.num_experts:
                 y_Td = y_Td + self.sam.standins(x_Td)
         elif torch.compiler.is_compiling():
-            # One break in the graph: a route is integers of unknown count, and fp32 `grouped_mm` has no fake kernel.
+            # One break in the graph: how many tokens an expert has, only the route says.
             y_Td = torch.compiler.disable(self._routed)(x_Td)
         else:
             y_Td = self._routed(x_Td)
@@ -142,73 +145,72 @@ class SamFFN(nn.Module):
         # A graph task is under way where gradient checkpointing repeats a forward pass: counted already.
         if self.counters is not None and torch._C._current_graph_task_id() == -1:
             self.counters = self.counters + count(routing, self.sam.adjacency_SS)
-        chosen_P = routing.chosen_TJ.flatten()
-        # A token that found no further expert goes to slot 0 with weight 0: no host sync for a rare case.
-        weight_P = (chosen_P >= 0).to(x_Td.dtype)
+        found_TJ = routing.chosen_TJ >= 0
+        # A token that found no further expert goes to the first non-root with weight 0: no host sync for a rare case.
+        slot_TJ = torch.where(found_TJ, routing.chosen_TJ, self.roots)
+        weight_TJ = found_TJ.to(x_Td.dtype)
         if torch.is_grad_enabled():
             g_TJ = gate_values(scores_TS, routing, self.edge_logits_SS)
-            weight_P = weight_P * straight_through(g_TJ).flatten().to(x_Td.dtype)
-        order_P = chosen_P.clamp(min=0).argsort(stable=True)
-        slot_P = chosen_P.clamp(min=0)[order_P]
-        ends_S = torch.bincount(slot_P, minlength=self.slots).cumsum(0).to(torch.int32)
-        token_P = order_P // routing.chosen_TJ.shape[1]
-        out_Pd = self._experts(x_Td.index_select(0, token_P), slot_P, ends_S)
-        out_Pd = out_Pd * weight_P.index_select(0, order_P)[:, None]
-        out_TJd = out_Pd.index_select(0, order_P.argsort()).view(*routing.chosen_TJ.shape, x_Td.shape[1])
-        y_Td = self._dense(x_Td, self.roots) + out_TJd.sum(1)
+            weight_TJ = weight_TJ * straight_through(g_TJ).to(x_Td.dtype)
+        pairs = pairs_of(slot_TJ, slots=self.slots, roots=self.roots, neurons=self.neurons)
+        y_Td = self._visited(x_Td, weight_TJ.flatten().index_select(0, pairs.order_P), pairs)
         if len(self.sam.spread_pd) == 0:
             return y_Td
         # The roots have no stand-in to take off.
-        visited_TS = x_Td.new_zeros(x_Td.shape[0], self.slots)
-        visited_TS = visited_TS.scatter_add(1, routing.chosen_TJ.clamp(min=0), weight_P.view(routing.chosen_TJ.shape))
+        visited_TS = x_Td.new_zeros(x_Td.shape[0], self.slots).scatter_add(1, slot_TJ, weight_TJ)
         return y_Td + self.sam.standins(x_Td, visited_TS)
 
-    def _dense(self, x_Td: Tensor, slots: int) -> Tensor:
-        """(T, d): the first `slots` experts, visited by every token. Bias of the down-projection not included."""
-        m = slots * self.neurons
+    def _dense(self, x_Td: Tensor) -> Tensor:
+        """(T, d): all slots, visited by every token. Bias of the down-projection not included."""
         up_dm, gate_dm, down_md = self.matrices()
         up_b, gate_b, _ = self.ffn.biases()
-        up_Tm = x_Td @ up_dm[:, :m] if up_b is None else torch.addmm(up_b[:m], x_Td, up_dm[:, :m])
-        if self.lora is not None:
-            up_Tm = up_Tm + self.lora.scale * (x_Td @ self.lora.up_in) @ self.lora.up_rows[:m].t()
+        lora = self.lora
+        up_Tm = x_Td @ up_dm if up_b is None else torch.addmm(up_b, x_Td, up_dm)
+        if lora is not None:
+            up_Tm = up_Tm + lora.scale * (x_Td @ lora.up_in) @ lora.up_rows.t()
         if gate_dm is None:
             hidden_Tm = self.activation(up_Tm)
         else:
-            gate_Tm = x_Td @ gate_dm[:, :m] if gate_b is None else torch.addmm(gate_b[:m], x_Td, gate_dm[:, :m])
-            if self.lora is not None:
-                gate_Tm = gate_Tm + self.lora.scale * (x_Td @ self.lora.gate_in) @ self.lora.gate_rows[:m].t()
+            gate_Tm = x_Td @ gate_dm if gate_b is None else torch.addmm(gate_b, x_Td, gate_dm)
+            if lora is not None:
+                gate_Tm = gate_Tm + lora.scale * (x_Td @ lora.gate_in) @ lora.gate_rows.t()
             hidden_Tm = self.activation(gate_Tm) * up_Tm
-        y_Td = hidden_Tm @ down_md[:m]
-        if self.lora is not None:
-            y_Td = y_Td + self.lora.scale * (hidden_Tm @ self.lora.down_rows[:m]) @ self.lora.down_out
+        y_Td = hidden_Tm @ down_md
+        if lora is not None:
+            y_Td = y_Td + lora.scale * (hidden_Tm @ lora.down_rows) @ lora.down_out
         return y_Td
 
-    def _experts(self, x_Pd: Tensor, slot_P: Tensor, ends_S: Tensor) -> Tensor:
-        """(P, d): each row through the expert of its slot."""
+    def _visited(self, x_Td: Tensor, weight_P: Tensor, pairs: Pairs) -> Tensor:
+        """(T, d): `_dense` of the roots, and of the sorted pairs by their weights."""
         up_dm, gate_dm, down_md = self.matrices()
         up_b, gate_b, _ = self.ffn.biases()
         lora = self.lora
 
-        def project(matrix_dm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
-            out_Pn = grouped_matmul(x_Pd, self.slots_in(matrix_dm), ends_S)
+        def complete(hidden: Hidden, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Hidden:
+            hidden_Tr, hidden_Pn = hidden
             if bias_m is not None:
-                out_Pn = out_Pn + bias_m.view(self.slots, self.neurons).index_select(0, slot_P)
+                bias_Pn = bias_m.unflatten(0, (self.slots, self.neurons)).index_select(0, pairs.slot_P)
+                hidden_Tr, hidden_Pn = hidden_Tr + bias_m[: hidden_Tr.shape[1]], hidden_Pn + bias_Pn
             if lora is not None:
-                rows_SRn = rows.view(self.slots, self.neurons, -1).transpose(1, 2)
-                out_Pn = out_Pn + lora.scale * grouped_matmul(x_Pd @ inner, rows_SRn, ends_S)
-            return out_Pn
+                ((low_Tr, low_Pn),) = into(x_Td @ inner, [rows.t()], pairs)
+                hidden_Tr, hidden_Pn = hidden_Tr + lora.scale * low_Tr, hidden_Pn + lora.scale * low_Pn
+            return hidden_Tr, hidden_Pn
 
-        up_Pn = project(up_dm, up_b, lora and lora.up_in, lora and lora.up_rows)
         if gate_dm is None:
-            hidden_Pn = self.activation(up_Pn)
+            (up,) = into(x_Td, [up_dm], pairs)
+            up = complete(up, up_b, lora and lora.up_in, lora and lora.up_rows)
+            hidden_Tr, hidden_Pn = (self.activation(part) for part in up)
         else:
-            gate_Pn = project(gate_dm, gate_b, lora and lora.gate_in, lora and lora.gate_rows)
-            hidden_Pn = self.activation(gate_Pn) * up_Pn
-        y_Pd = grouped_matmul(hidden_Pn, self.slots_out(down_md), ends_S)
+            up, gate = into(x_Td, [up_dm, gate_dm], pairs)
+            up = complete(up, up_b, lora and lora.up_in, lora and lora.up_rows)
+            gate = complete(gate, gate_b, lora and lora.gate_in, lora and lora.gate_rows)
+            hidden_Tr, hidden_Pn = (self.activation(g) * u for g, u in zip(gate, up, strict=True))
+        # Here, not on what comes out of the experts, which is wider.
+        hidden_Pn = hidden_Pn * weight_P.to(hidden_Pn.dtype)[:, None]
+        y_Td = out_of(hidden_Tr, hidden_Pn, down_md, pairs)
         if lora is not None:
-            rows_SnR = lora.down_rows.view(self.slots, self.neurons, -1)
-            y_Pd = y_Pd + lora.scale * grouped_matmul(hidden_Pn, rows_SnR, ends_S) @ lora.down_out
-        return y_Pd
+            y_Td = y_Td + lora.scale * out_of(hidden_Tr, hidden_Pn, lora.down_rows, pairs) @ lora.down_out
+        return y_Td
 
 
 @torch.no_grad()
@@ -227,7 +229,7 @@ def check_layers(model: nn.Module, ffns: Sequence[FFN], layers: Sequence[SamFFN]
 
     def compare(index: int, output: Tensor) -> None:
         ffn, layer, (x, *residual) = ffns[index], layers[index], inputs[index]
-        ours = layer._dense(x.reshape(-1, x.shape[-1]), layer.slots).view(x.shape)
+        ours = layer._dense(x.reshape(-1, x.shape[-1])).view(x.shape)
         bias = ffn.biases()[2]
         theirs = output - residual[0] if residual else output
         error = (ours - theirs if bias is None else ours + bias - theirs).float().norm()

@@ -6,9 +6,9 @@ Every token visits the roots, whose neurons come first: all tokens times one blo
     into     hidden = x W[:, :r] of the roots;    x_t W_e of every pair (t, e)
     out of   y = hidden W[:r] of the roots, and y_t grows by hidden W_e for every pair (t, e)
 
-On a GPU `grouped_mm` takes all pairs at once. On the CPU a (P, d) array costs a quarter of its product in fresh pages
-(`examples/benchmarks/layer.md`), so a loop takes one expert's rows at a time and adds what it gets in place, backward
-as well; the gradient of a weight is written once, in the layout of the weight.
+On a GPU `grouped_mm` takes all pairs at once. On the CPU (P, d) arrays cost a quarter of the products and more, in
+fresh pages (`examples/benchmarks/layer.md`), so a loop takes one expert's rows at a time and adds what it gets in
+place, backward as well; the gradient of a weight is written once, in the layout of the weight.
 
 Legend: T tokens, P pairs, S slots, J choices a token, d hidden size, or a rank in its place, n neurons an expert,
 m = S n, r neurons of all the roots; t and p tokens and pairs of one expert.

@@ -30,18 +30,21 @@ def test_route_and_counters_equal_a_walk_with_a_heap(
     num_held = len(adjacency_SS)
     k = data.draw(st.integers(roots, num_held + 2))
     scores_TS = scores(seed, 7, num_held, distinct)
-    routing = route(scores_TS, torch.from_numpy(adjacency_SS), roots=roots, k=k)
+    threshold = data.draw(st.none() | st.sampled_from(scores_TS.flatten().tolist()))
+    stop = None if threshold is None else torch.tensor(threshold)
+    routing = route(scores_TS, torch.from_numpy(adjacency_SS), roots=roots, k=k, threshold=stop)
     decisions = min(k, num_held) - roots
     assert routing.order_TS.dtype == torch.int16
     assert routing.chosen_TJ.shape == (7, decisions)
 
-    walks = [walk(row, adjacency_SS, roots, k) for row in scores_TS.numpy()]
+    lowest = -np.inf if threshold is None else threshold
+    walks = [walk(row, adjacency_SS, roots, k, lowest) for row in scores_TS.numpy()]
     for t, w in enumerate(walks):
         none = [-1] * (decisions - len(w.parents))
         assert routing.chosen_TJ[t].tolist() == w.visited[roots:] + none
         assert routing.parent_TJ[t].tolist() == w.parents + none
         for j in range(decisions):
-            eligible = w.eligible[j] if j < len(w.eligible) else set()
+            eligible = w.eligible[j] if j < len(w.eligible) else w.left
             assert set(routing.eligible_TJS[t, j].nonzero()[:, 0].tolist()) == eligible
         order = [UNVISITED] * num_held
         for step, expert in enumerate(w.visited):

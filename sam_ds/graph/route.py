@@ -52,12 +52,13 @@ class Routing:
 
 
 @torch.no_grad()
-def route(scores_TS: Tensor, adjacency_SS: Tensor, *, roots: int, k: int) -> Routing:
+def route(scores_TS: Tensor, adjacency_SS: Tensor, *, roots: int, k: int, threshold: Tensor | None = None) -> Routing:
     """Visit up to `k` experts (roots included) for each token.
 
     scores_TS: (T, S) finite gate scores. adjacency_SS: (S, S) bool, strictly upper triangular, [p, e] is p ->
-    e. k >= S visits everything reachable. The credited parent is the visited one with the highest score at
-    the moment of the decision; roots count as highest, lowest index first.
+    e. k >= S visits everything reachable; with a `threshold` (0-dim), no expert that scores less (`graph.widest`).
+    The credited parent is the visited one with the highest score at the moment of the decision; roots count as
+    highest, lowest index first.
     """
     num_tokens, num_held = scores_TS.shape
     assert adjacency_SS.shape == (num_held, num_held) and adjacency_SS.dtype == torch.bool
@@ -74,16 +75,17 @@ def route(scores_TS: Tensor, adjacency_SS: Tensor, *, roots: int, k: int) -> Rou
     minus_inf = torch.full((), float("-inf"), dtype=scores_TS.dtype, device=device)
     credit_TS = scores_TS.masked_fill(index_S < roots, float("inf"))
     tails_SS = adjacency_SS.T.contiguous()
+    worth_TS = scores_TS if threshold is None else scores_TS.masked_fill(scores_TS < threshold, float("-inf"))
 
     for j in range(decisions):
         eligible_TJS[:, j] = eligible_TS
-        best_T, chosen_T = torch.where(eligible_TS, scores_TS, minus_inf).max(dim=1)  # first index on ties
+        best_T, chosen_T = torch.where(eligible_TS, worth_TS, minus_inf).max(dim=1)  # first index on ties
         found_T = best_T != minus_inf
         parent_TS = tails_SS.index_select(0, chosen_T) & visited_TS
         parent_T = torch.where(parent_TS, credit_TS, minus_inf).argmax(dim=1)
         chosen_TJ[:, j] = torch.where(found_T, chosen_T, -1)
         parent_TJ[:, j] = torch.where(found_T, parent_T, -1)
-        # a token with nothing eligible has chosen_T = 0, a root: visited already, and its heads are too
+        # a token with nothing left to visit has chosen_T = 0, a root: visited already, and its heads are too
         order_TS.scatter_(1, chosen_T[:, None], j + 1)
         visited_TS.scatter_(1, chosen_T[:, None], True)
         eligible_TS = (eligible_TS | adjacency_SS.index_select(0, chosen_T)) & ~visited_TS

@@ -21,7 +21,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 # Text like the model's own, in rows: 8192 tokens, of which no row is longer than the model can read.
 ids = tokenizer("\n".join(corpus.public), verbose=False)["input_ids"][:8192]
 ids = torch.tensor(ids).view(-1, min(256, model.config.max_position_embeddings))
-model = get_sam_model(model, SamConfig(num_experts=16, top_k=12), calibration=ids)
+# A fixed number of experts a token: gates that train leave the thresholds that calibration finds.
+model = get_sam_model(model, SamConfig(num_experts=16, top_k=12, routing="top_k"), calibration=ids)
 
 for name, parameter in model.named_parameters():
     parameter.requires_grad = name.endswith(".sam.wg")

@@ -41,7 +41,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 length = min(128, model.config.max_position_embeddings)
 calibration = torch.from_numpy(pack(corpus.public, tokenizer, length, limit_tokens=8192))
-model = get_sam_model(model, SamConfig(num_experts=16, top_k=12), calibration=calibration, progress=False)
+# A fixed number of experts a token: gates that train leave the thresholds that calibration finds.
+config = SamConfig(num_experts=16, top_k=12, routing="top_k")
+model = get_sam_model(model, config, calibration=calibration, progress=False)
 
 # The shards come together in `save_model`, so that what is saved is a folder like any other.
 settings = json.loads(Path(options.deepspeed).read_text()) if options.deepspeed else None

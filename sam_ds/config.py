@@ -40,6 +40,9 @@ class SamSection(Checked):
     top_k: Count = 12  # k, experts a token visits, roots included
     roots: Count = 2  # r, always visited and always held
     features: Literal["weights", "activations", "output"] = "weights"  # what the neurons are clustered by
+    regroups: Natural = 4  # how often they are regrouped for the routes
+    router: Literal["linear", "roots", "low_rank", "mlp", "mean_key", "representative"] = "roots"
+    router_rank: Count = 32  # of low_rank and mlp
     standin: Literal["none", "mean", "linear"] = "linear"  # what represents an expert that is not visited
     standin_rank: Count = 16  # q
     calibration_tokens: Count = 16384

@@ -30,8 +30,10 @@ class Walk:
     left: set[int]
 
 
-def walk(scores_S: np.ndarray, adjacency_SS: np.ndarray, roots: int, k: int) -> Walk:
-    """Greedy best-first expansion: a heap of the experts that the visited ones lead to."""
+def walk(
+    scores_S: np.ndarray, adjacency_SS: np.ndarray, roots: int, k: int, threshold: float = -np.inf
+) -> Walk:
+    """Greedy best-first expansion: a heap of the experts that the visited ones lead to; none below the threshold."""
     num_held = len(scores_S)
     heap: list[tuple[float, int]] = []
     visited: list[int] = []
@@ -50,6 +52,8 @@ def walk(scores_S: np.ndarray, adjacency_SS: np.ndarray, roots: int, k: int) -> 
         visit(root)
     while len(visited) < min(k, num_held) and frontier():
         result.eligible.append(frontier())
+        if all(scores_S[expert] < threshold for expert in frontier()):
+            break
         _, expert = heapq.heappop(heap)
         while expert in visited:
             _, expert = heapq.heappop(heap)
@@ -105,22 +109,76 @@ def graphs(draw: st.DrawFn, max_experts: int = 9) -> tuple[np.ndarray, int]:
 
 # experts
 
-def pairs_by_slot(slot_TJ):
-    """(slot, token) of every choice, sorted by slot, then by token."""
-    choices = [(slot, t) for t, slots in enumerate(slot_TJ.tolist()) for slot in slots]
-    return sorted(choices, key=lambda pair: pair[0])
+def updated_matrices(layer):
+    """Up, gate and down with the low-rank updates."""
+    up_dm, gate_dm, down_md = layer.matrices()
+    if layer.lora is None:
+        return up_dm, gate_dm, down_md
+    deltas = layer.lora
+    up_dm = up_dm + deltas.scale * deltas.up_in @ deltas.up_rows.t()
+    down_md = down_md + deltas.scale * deltas.down_rows @ deltas.down_out
+    if gate_dm is not None:
+        gate_dm = gate_dm + deltas.scale * deltas.gate_in @ deltas.gate_rows.t()
+    return up_dm, gate_dm, down_md
 
 
-def products_into(x_Td, weight_dm, slot_TJ, r, n):
+def neurons_output(layer, x_Td, own):
+    """(T, n) what the neurons of the slice `own` put out."""
+    up_dm, gate_dm, _ = updated_matrices(layer)
+    up_b, gate_b, _ = layer.ffn.biases()
+    up_Tn = x_Td @ up_dm[:, own] + (0 if up_b is None else up_b[own])
+    if gate_dm is None:
+        return layer.activation(up_Tn)
+    return layer.activation(x_Td @ gate_dm[:, own] + (0 if gate_b is None else gate_b[own])) * up_Tn
+
+
+def gate_features(layer, x_Td):
+    """phi(x) as the table of experts/router.py writes it."""
+    phi, x_Td, one_T1 = layer.sam.phi, x_Td.detach(), torch.ones(len(x_Td), 1)
+    if phi.router == "mean_key":
+        return x_Td
+    if phi.router == "linear":
+        return torch.cat([x_Td, one_T1], 1)
+    if phi.router == "roots":
+        root_Tr = neurons_output(layer, x_Td, slice(0, layer.roots * layer.neurons))
+        return torch.cat([x_Td, root_Tr.detach().abs(), one_T1], 1)
+    if phi.router == "low_rank":
+        return torch.cat([x_Td @ phi.inner_dI, one_T1], 1)
+    if phi.router == "mlp":
+        return torch.cat([torch.nn.functional.silu(x_Td @ phi.inner_dI + phi.inner_I), one_T1], 1)
+    gate_TE, up_TE = (x_Td @ phi.inner_dI + phi.inner_I).chunk(2, dim=1) if phi.gated else (None, None)
+    if gate_TE is None:
+        return layer.activation(x_Td @ phi.inner_dI + phi.inner_I).abs()
+    return (layer.activation(gate_TE) * up_TE).abs()
+
+
+def gate_scores(layer, x_Td):
+    """w_e . phi(x)."""
+    return gate_features(layer, x_Td) @ layer.sam.wg.t()
+
+
+def limit(layer):
+    """The most experts that a token may visit and the least score of one."""
+    threshold_K = layer.sam.threshold_K
+    return {"k": layer.slots, "threshold": float(threshold_K[layer.top_k])} if len(threshold_K) else {"k": layer.top_k}
+
+
+def pairs_by_slot(visited_TS):
+    """(slot, token) of every visit, sorted by slot, then by token."""
+    visits = [(slot, t) for t, slots in enumerate(visited_TS.tolist()) for slot, there in enumerate(slots) if there]
+    return sorted(visits, key=lambda pair: pair[0])
+
+
+def products_into(x_Td, weight_dm, visited_TS, r, n):
     """x W[:, :r], and x_t W_e of one pair after the other."""
-    rows = [x_Td[t] @ weight_dm[:, slot * n : (slot + 1) * n] for slot, t in pairs_by_slot(slot_TJ)]
+    rows = [x_Td[t] @ weight_dm[:, slot * n : (slot + 1) * n] for slot, t in pairs_by_slot(visited_TS)]
     return x_Td @ weight_dm[:, :r], torch.stack(rows) if rows else x_Td.new_zeros(0, n)
 
 
-def products_out_of(hidden_Tr, hidden_Pn, weight_md, slot_TJ, n):
+def products_out_of(hidden_Tr, hidden_Pn, weight_md, visited_TS, n):
     """hidden W[:r], and hidden_p W_e of one pair after the other added to its token's row."""
     rows = list(hidden_Tr @ weight_md[: hidden_Tr.shape[1]])
-    for hidden_n, (slot, t) in zip(hidden_Pn, pairs_by_slot(slot_TJ), strict=True):
+    for hidden_n, (slot, t) in zip(hidden_Pn, pairs_by_slot(visited_TS), strict=True):
         rows[t] = rows[t] + hidden_n @ weight_md[slot * n : (slot + 1) * n]
     return torch.stack(rows)
 
@@ -128,17 +186,10 @@ def products_out_of(hidden_Tr, hidden_Pn, weight_md, slot_TJ, n):
 def moe_output(layer, x_Td):
     """y = sum_e s_e(x) + sum_{e in A(x)} w_e (f_e(x) - s_e(x)), one token and one expert at a time."""
     parts = layer.sam
-    scores_TS = x_Td.detach() @ parts.wg.t()
-    routing = route(scores_TS, parts.adjacency_SS, roots=layer.roots, k=layer.top_k)
+    scores_TS = gate_scores(layer, x_Td)
+    routing = route(scores_TS, parts.adjacency_SS, roots=layer.roots, **limit(layer))
     g_TJ = gate_values(scores_TS, routing, layer.edge_logits_SS)
-    up_dm, gate_dm, down_md = layer.matrices()
-    if layer.lora is not None:
-        scale = layer.lora.scale
-        up_dm = up_dm + scale * layer.lora.up_in @ layer.lora.up_rows.t()
-        down_md = down_md + scale * layer.lora.down_rows @ layer.lora.down_out
-        if gate_dm is not None:
-            gate_dm = gate_dm + scale * layer.lora.gate_in @ layer.lora.gate_rows.t()
-    up_b, gate_b, down_b = layer.ffn.biases()
+    down_md, down_b = updated_matrices(layer)[2], layer.ffn.biases()[2]
     rows = []
     for t, x_d in enumerate(x_Td):
         y_d = absent_standins(parts, x_d)
@@ -149,14 +200,7 @@ def moe_output(layer, x_Td):
                 weights[expert] = 1 + g_TJ[t, j] - g_TJ[t, j].detach()
         for expert, weight in weights.items():
             own = slice(expert * layer.neurons, (expert + 1) * layer.neurons)
-            hidden_n = x_d @ up_dm[:, own]
-            if up_b is not None:
-                hidden_n = hidden_n + up_b[own]
-            if gate_dm is None:
-                hidden_n = layer.activation(hidden_n)
-            else:
-                gate_n = x_d @ gate_dm[:, own] if gate_b is None else x_d @ gate_dm[:, own] + gate_b[own]
-                hidden_n = layer.activation(gate_n) * hidden_n
+            hidden_n = neurons_output(layer, x_d[None], own)[0]
             y_d = y_d + weight * (hidden_n @ down_md[own] - standin_output(parts, expert, x_d[None])[0])
         if down_b is not None:
             y_d = y_d + down_b
@@ -175,8 +219,8 @@ def masked_dense(layers, places):
         def reach(_, args, layer=layer, parts=parts, seen=seen):
             x_Td = args[0].reshape(-1, args[0].shape[-1])
             left_TS = torch.ones(x_Td.shape[0], layer.slots, dtype=torch.bool)
-            for t, scores_S in enumerate((x_Td @ parts.wg.t()).numpy()):
-                left_TS[t, walk(scores_S, parts.adjacency_SS.numpy(), layer.roots, layer.top_k).visited] = False
+            for t, scores_S in enumerate(gate_scores(layer, x_Td).numpy()):
+                left_TS[t, walk(scores_S, parts.adjacency_SS.numpy(), layer.roots, **limit(layer)).visited] = False
             seen["left_TS"] = left_TS
             standins_TSd = torch.stack([standin_output(parts, slot, x_Td) for slot in range(layer.slots)], dim=1)
             seen["standins_Td"] = (standins_TSd * left_TS[:, :, None]).sum(1)

@@ -82,7 +82,7 @@ def test_allocation_is_the_best_split(seed):
     steps_LE = torch.rand(layers, num_experts, generator=torch.Generator().manual_seed(seed)).sort(1, True).values
     lost_LK = torch.cat([steps_LE.flip(1).cumsum(1).flip(1), torch.zeros(layers, 1)], dim=1)
     for top_k in range(roots, num_experts + 1):
-        ours = allocate(lost_LK, top_k, roots)
+        ours = allocate(lost_LK, len(lost_LK) * top_k, roots)
         assert sum(ours) == layers * top_k and all(roots <= k <= num_experts for k in ours)
         best = min(
             sum(float(lost_LK[layer, k]) for layer, k in enumerate(split))

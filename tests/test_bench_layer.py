@@ -64,7 +64,7 @@ def test_a_peer_has_the_gradients_of_the_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--active", "2"], "--active must be from 3"),
+    (["--active", "1"], "--active must be from 2"),
     (["--active", "8"], "to 7"),
     (["--active", "four"], "numbers parted by commas"),
     (["--m", "60"], "num_experts=8 does not divide the 60 neurons"),

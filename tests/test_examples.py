@@ -37,8 +37,9 @@ def test_gates_go_on_a_model_and_off_again(tiny, tmp_path, default):
     """By default the model is made on the spot, which takes a minute, and is wider and deeper than the tiny one."""
     model = [] if default else [tiny.model]
     printed = run(tmp_path, sys.executable, ROOT / "examples" / "add_gates_to_llama.py", *model)
-    width, layers = (192, 4) if default else (32, 2)
-    assert f"trainable params: {16 * width * layers:,} ||" in printed
+    # The root's neurons and a constant are gate features too.
+    features, layers = (192 + 512 // 16 + 1, 4) if default else (32 + 64 // 16 + 1, 2)
+    assert f"trainable params: {16 * features * layers:,} ||" in printed
     assert "a LlamaForCausalLM as before" in printed
     assert from_pretrained(tmp_path / "runs" / "gates").sam_config.num_experts == 16
 

@@ -17,14 +17,18 @@ def kernel(request, monkeypatch):
     return request.param
 
 
-def slots(choices, seed=0):
-    """(T, J) different slots beyond the roots; the last has no token."""
+def visits(seed=0):
+    """(T, S) from none to all beyond the roots, which are left out; the last slot has no token."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([roots + torch.randperm(S - roots - 1, generator=generator)[:choices] for _ in range(T)])
+    visited_TS = torch.rand(T, S, generator=generator) < torch.linspace(0, 1, T)[:, None]
+    visited_TS[:, :roots] = visited_TS[:, -1] = False
+    return visited_TS
 
 
-def pairs(slot_TJ):
-    return pairs_of(slot_TJ, slots=S, roots=roots, neurons=n)
+def pairs(visited_TS):
+    everybodys_TS = visited_TS.clone()
+    everybodys_TS[:, :roots] = True
+    return pairs_of(everybodys_TS, roots=roots, neurons=n)
 
 
 def weights(count, transposed):
@@ -40,12 +44,14 @@ def equal(ours, theirs):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
-def test_into_is_one_product_a_pair_in_values_and_gradients(kernel, count, transposed):
-    slot_TJ = slots(2)
+@pytest.mark.parametrize("known", [False, True])
+def test_into_is_one_product_a_pair_in_values_and_gradients(kernel, known, count, transposed):
+    visited_TS = visits()
     parameters, weights_dm = weights(count, transposed)
     x_Td = torch.randn(T, d, requires_grad=True)
-    ours = [part for both in into(x_Td, weights_dm, pairs(slot_TJ)) for part in both]
-    theirs = [part for weight_dm in weights_dm for part in products_into(x_Td, weight_dm, slot_TJ, r, n)]
+    products_Tr = [(x_Td @ weight_dm[:, :r]).detach() for weight_dm in weights_dm] if known else ()
+    ours = [part for both in into(x_Td, weights_dm, pairs(visited_TS), products_Tr) for part in both]
+    theirs = [part for weight_dm in weights_dm for part in products_into(x_Td, weight_dm, visited_TS, r, n)]
     equal(ours, theirs)
     grads = [torch.randn_like(part) for part in ours]
     inputs = [x_Td, *parameters]
@@ -54,23 +60,23 @@ def test_into_is_one_product_a_pair_in_values_and_gradients(kernel, count, trans
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_out_of_is_one_sum_a_pair_in_values_and_gradients(kernel, transposed):
-    slot_TJ = slots(3)
+    visited_TS = visits()
     (parameter,), (weight_dm,) = weights(1, transposed)
-    hidden = [torch.randn(T, r, requires_grad=True), torch.randn(T * 3, n, requires_grad=True)]
-    ours = out_of(*hidden, weight_dm.t(), pairs(slot_TJ))
-    theirs = products_out_of(*hidden, weight_dm.t(), slot_TJ, n)
+    hidden = [torch.randn(T, r, requires_grad=True), torch.randn(int(visits().sum()), n, requires_grad=True)]
+    ours = out_of(*hidden, weight_dm.t(), pairs(visited_TS))
+    theirs = products_out_of(*hidden, weight_dm.t(), visited_TS, n)
     equal([ours], [theirs])
     inputs, dy_Td = [*hidden, parameter], torch.randn(T, d)
     equal(torch.autograd.grad(ours, inputs, dy_Td), torch.autograd.grad(theirs, inputs, dy_Td))
 
 
 def test_where_nobody_chooses_only_the_roots_are_left():
-    slot_TJ = torch.zeros(T, 0, dtype=torch.int64)
+    visited_TS = torch.zeros(T, S, dtype=torch.bool)
     (parameter,), (weight_dm,) = weights(1, True)
     x_Td = torch.randn(T, d, requires_grad=True)
-    ((hidden_Tr, hidden_Pn),) = into(x_Td, [weight_dm], pairs(slot_TJ))
+    ((hidden_Tr, hidden_Pn),) = into(x_Td, [weight_dm], pairs(visited_TS))
     assert hidden_Pn.shape == (0, n)
-    y_Td = out_of(hidden_Tr, hidden_Pn, weight_dm.t(), pairs(slot_TJ))
+    y_Td = out_of(hidden_Tr, hidden_Pn, weight_dm.t(), pairs(visited_TS))
     torch.testing.assert_close(y_Td, x_Td @ weight_dm[:, :r] @ weight_dm[:, :r].t())
     y_Td.sum().backward()
     assert parameter.grad[:r].abs().min() > 0 and not parameter.grad[r:].any()
@@ -81,7 +87,7 @@ def test_the_gradient_of_a_weight_has_its_layout(transposed):
     """Else it would be copied on its way into the parameter."""
     _, (weight_dm,) = weights(1, transposed)
     weight_dm = weight_dm.detach().requires_grad_()
-    chosen = pairs(slots(2))
+    chosen = pairs(visits())
     ((hidden_Tr, hidden_Pn),) = into(torch.randn(T, d), [weight_dm], chosen)
     out_of(hidden_Tr, hidden_Pn, weight_dm.t(), chosen).sum().backward()
     assert weight_dm.grad.stride() == weight_dm.stride()
@@ -89,7 +95,7 @@ def test_the_gradient_of_a_weight_has_its_layout(transposed):
 
 def test_what_is_frozen_gets_no_gradient():
     (up, down), (up_dm, down_dm) = weights(2, True)
-    chosen = pairs(slots(2))
+    chosen = pairs(visits())
 
     def y_Td(x_Td):
         ((hidden_Tr, hidden_Pn),) = into(x_Td, [up_dm.detach()], chosen)
@@ -104,7 +110,7 @@ def test_what_is_frozen_gets_no_gradient():
 @pytest.mark.parametrize("around_backward", [False, True])
 def test_autocast_decides_the_precision(kernel, around_backward):
     (parameter,), (weight_dm,) = weights(1, True)
-    x_Td, chosen = torch.randn(T, d, requires_grad=True), pairs(slots(2))
+    x_Td, chosen = torch.randn(T, d, requires_grad=True), pairs(visits())
 
     def run():
         ((hidden_Tr, hidden_Pn),) = into(x_Td, [weight_dm], chosen)

@@ -14,7 +14,6 @@ from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.model import inject_layers, wrap_ffns
 from sam_ds.experts.surgery import find_ffns, matrix, permute_neurons
 from sam_ds.graph.dag import random_graph
-from sam_ds.graph.route import route
 
 
 def fill(layer, seed):
@@ -29,14 +28,16 @@ def fill(layer, seed):
         parts.core_all_Qp.copy_(parts.core_SQp.sum(0))
         graph = random_graph(layer.slots, 2 * layer.slots, layer.roots, np.random.default_rng(seed))
         parts.adjacency_SS.copy_(torch.from_numpy(graph))
+        parts.threshold_K.fill_(0.0)
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=["llama", "gpt2", "llama routed by threshold"])
 def pair(request, tiny_llama, tiny_gpt2):
     """A dense model and its converted copy, gates filled at random."""
-    dense = tiny_llama() if request.param == "llama" else tiny_gpt2()
+    dense = tiny_gpt2() if request.param == "gpt2" else tiny_llama()
+    routing = "threshold" if request.param.endswith("threshold") else "top_k"
     model = copy.deepcopy(dense)
-    config = SamConfig(num_experts=8, top_k=5, roots=2, standin_rank=4)
+    config = SamConfig(num_experts=8, top_k=5, roots=2, standin_rank=4, routing=routing)
     ffns = find_ffns(model)
     layers = wrap_ffns(ffns, config)
     inject_layers(model, config, ffns, layers)
@@ -121,7 +122,7 @@ def test_counting_is_asked_for_and_adds_up(pair):
     x_Td = torch.randn(11, 32)
     layer(x_Td)
     layer(x_Td)
-    routing = route(layer.scores(x_Td), layer.sam.adjacency_SS, roots=2, k=5)
+    routing = layer.routing(layer.scores(x_Td))
     assert int(layer.counters.used_SS.sum()) == 2 * int((routing.chosen_TJ >= 0).sum())
 
 

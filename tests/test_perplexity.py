@@ -16,9 +16,10 @@ from reference import full_context_nll, strided_nll
 
 import sam_ds.evaluation
 from sam_ds.errors import InputError
-from sam_ds.evaluation.costs import ffn_flops, forward_flops, training_flops
+from sam_ds.evaluation.costs import dense_flops, ffn_flops, forward_flops, training_flops
 from sam_ds.evaluation.domains import DomainScore, document_ids, headline, perplexity_by_domain
 from sam_ds.evaluation.nll import token_nll, windows
+from sam_ds.experts.config import SamConfig
 
 
 def _documents(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
@@ -168,18 +169,35 @@ def test_the_metric_loads_offline_and_weighs_by_tokens(
         metric.compute(predictions=["x"], model=model, tokenizer=tokenizer, max_length=8, stride=4)
 
 
+def flops(active: float, *, gated: bool = True, **changes: Any) -> float:
+    """Of a layer with d 10, m 64, E 8, two roots (16 neurons) and stand-ins of rank 3."""
+    settings = {"num_experts": 8, "top_k": 4, "roots": 2, "standin_rank": 3, "router": "mean_key", "standin": "none"}
+    return ffn_flops(SamConfig(**settings | changes), hidden=10, neurons=64, gated=gated, active=active)
+
+
 def test_ffn_flops_by_hand() -> None:
-    """d 10, m 64, E 8: a gated dense layer is 2 * 3 * 10 * 64 = 3840."""
-    layer: dict[str, Any] = {"hidden": 10, "neurons": 64, "num_experts": 8, "gated": True,
-                             "roots": 2, "standin_rank": 3}  # fmt: skip
-    assert ffn_flops(**layer, active=8, standin="linear") == 3840
-    assert ffn_flops(**layer | {"gated": False}, active=8, standin="none") == 2560
-    assert ffn_flops(**layer, active=2, standin="none") == 960 + 160
+    """A gated dense layer is 2 * 3 * 10 * 64 = 3840."""
+    assert flops(8, standin="linear") == dense_flops(hidden=10, neurons=64, gated=True) == 3840
+    assert flops(8, gated=False) == 2560
+    assert flops(2) == 960 + 160
     # V x, the cores of all experts, the output basis; the means have no V, and an output direction for
     # each expert that is not a root.
-    assert ffn_flops(**layer, active=2, standin="mean") == 960 + 160 + 2 * (8 * 6 + 6 * 10)
-    assert ffn_flops(**layer, active=2, standin="linear") == 960 + 160 + 2 * (3 * 10 + 8 * 4 * 9 + 9 * 10)
-    assert ffn_flops(**layer, active=2.5, standin="none") == 1200 + 160
+    assert flops(2, standin="mean") == 960 + 160 + 2 * (8 * 6 + 6 * 10)
+    assert flops(2, standin="linear") == 960 + 160 + 2 * (3 * 10 + 8 * 4 * 9 + 9 * 10)
+    assert flops(2.5) == 1200 + 160
+
+
+def test_router_flops_by_hand() -> None:
+    def router(name: str, *, gated: bool = True) -> float:
+        return flops(2, router=name, router_rank=5, gated=gated) - flops(2, gated=gated) + 2 * 8 * 10
+
+    assert router("mean_key") == 2 * 8 * 10
+    assert router("linear") == 2 * 8 * 11
+    assert router("roots") == 2 * 8 * (10 + 16 + 1)
+    assert router("low_rank") == 2 * (10 * 5 + 8 * 6)
+    assert router("mlp") == 2 * (10 * 5 + 8 * 6)
+    assert router("representative") == 2 * (10 * 16 + 8 * 8)
+    assert router("representative", gated=False) == 2 * (10 * 8 + 8 * 8)
 
 
 def test_model_flops_by_hand() -> None:
@@ -189,9 +207,5 @@ def test_model_flops_by_hand() -> None:
 
 
 def test_bad_costs_are_refused() -> None:
-    layer: dict[str, Any] = {"hidden": 10, "neurons": 64, "num_experts": 8, "gated": True,
-                             "roots": 2, "standin_rank": 3}  # fmt: skip
-    with pytest.raises(InputError, match="none, mean, linear"):
-        ffn_flops(**layer, active=2, standin="median")
     with pytest.raises(InputError, match="between 0 and num_experts = 8, got 9"):
-        ffn_flops(**layer, active=9, standin="none")
+        flops(9)

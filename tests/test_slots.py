@@ -143,7 +143,7 @@ def test_a_slot_model_is_smaller_and_holds_no_second_copy(folder, full):
     for layer, whole in zip(model.sam_layers, full.sam_layers, strict=True):
         for ours, theirs in zip(layer.matrices(), whole.matrices(), strict=True):
             assert ours is None and theirs is None or ours.numel() * 8 == theirs.numel() * 5
-        assert layer.sam.wg.shape == (5, 32) and layer.sam.adjacency_SS.shape == (5, 5)
+        assert layer.sam.wg.shape == (5, 49) and layer.sam.adjacency_SS.shape == (5, 5)
     assert not [module for module in model._sam_original.values() if module is not None]
 
 

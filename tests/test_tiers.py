@@ -53,7 +53,8 @@ def test_what_costs_less(experts):
 def test_all_experts_weigh_what_the_model_weighs(standin, rank, outputs):
     config = replace(CONFIG, sam=replace(CONFIG.sam, standin=standin))
     full = estimate(SHAPE, tier(experts=16, precision="fp32"), config)
-    added = 6 * (16 * 256 + (rank + outputs) * 256 + 16 * (rank + 1) * outputs)
+    roots = CONFIG.sam.roots * 1024 // 16
+    added = 6 * (16 * (256 + roots + 1) + (rank + outputs) * 256 + 16 * (rank + 1) * outputs)
     assert full.weights == 4 * (SHAPE.parameters + added)
 
 

@@ -19,7 +19,7 @@ ROWS = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
 
 def convert(dense, ids=IDS, **changes):
     """With all that the Trainer trains: weights, gates, the assembler."""
-    values = {"num_experts": 8, "top_k": 4, "standin_rank": 4} | changes
+    values = {"num_experts": 8, "top_k": 4, "standin_rank": 4, "density": 0.5, "routing": "top_k"} | changes
     model = sam_ds.get_sam_model(dense, SamConfig(**values), calibration=ids, progress=False)
     add_assembler(model, seed=0)
     model.sam_condition = torch.randn(2, 9, generator=torch.Generator().manual_seed(2))

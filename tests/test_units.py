@@ -147,7 +147,7 @@ def test_the_units_of_a_run_have_names_that_travel(model):
     gated = model.sam_layers[0].ffn_names[1] is not None
     assert tensors == {"up_rows", "down_rows", "wg"} | ({"gate_rows"} if gated else set())
     assert SharedUnit("assembler.mix") in units
-    assert units[ExpertUnit(1, 7, "up_rows")].shape == (8, 3) and units[ExpertUnit(1, 7, "wg")].shape == (1, 32)
+    assert units[ExpertUnit(1, 7, "up_rows")].shape == (8, 3) and units[ExpertUnit(1, 7, "wg")].shape == (1, 49)
 
 
 @pytest.mark.parametrize("trains", ["full", "lora"])

@@ -106,7 +106,11 @@ def _check(options: argparse.Namespace) -> list[int]:
 
 def _layer(options: argparse.Namespace, generator: torch.Generator) -> tuple[nn.Module, SamFFN]:
     """The dense FFN and the layer made from it, on the same weights; all that a conversion would fit is random."""
-    config = SamConfig(num_experts=options.experts, top_k=options.experts, standin_rank=min(16, options.d))
+    # A fixed number of experts a token, for the peers know no other.
+    config = SamConfig(
+        num_experts=options.experts, top_k=options.experts, routing="top_k", standin_rank=min(16, options.d),
+        density=0.5,
+    )  # fmt: skip
 
     def normal(to: Tensor, fan_in: int) -> None:
         to.copy_(torch.randn(to.shape, generator=generator) / fan_in**0.5)
@@ -118,7 +122,7 @@ def _layer(options: argparse.Namespace, generator: torch.Generator) -> tuple[nn.
     with torch.no_grad():
         for weight in mlp.parameters():
             normal(weight, weight.shape[1])
-        normal(parts.wg, options.d)
+        normal(parts.wg, parts.wg.shape[1])
         normal(parts.basis_dq, options.d)
         # All stand-ins together are then about as large as the FFN's output.
         normal(parts.core_SQp, options.experts * parts.core_SQp.shape[1])

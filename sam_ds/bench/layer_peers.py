@@ -44,7 +44,7 @@ class TransformersLayer(nn.Module):
 
     def __init__(self, layer: SamFFN, chosen_TJ: Tensor, implementation: str) -> None:
         super().__init__()
-        self.gate = _GivenChoices(layer.sam.wg, chosen_TJ)
+        self.gate = _GivenChoices(layer.sam.wg[:, : layer.ffn.hidden], chosen_TJ)
         self.roots = layer.roots
         up_dm, gate_dm, down_md = (weight.detach() for weight in layer.matrices())
         config = MixtralConfig(
@@ -98,7 +98,7 @@ class _DeepSpeedGate(nn.Module):
 
     def __init__(self, layer: SamFFN, chosen_TJ: Tensor) -> None:
         super().__init__()
-        self.gate = _GivenChoices(layer.sam.wg, chosen_TJ)
+        self.gate = _GivenChoices(layer.sam.wg[:, : layer.ffn.hidden], chosen_TJ)
         self.roots, self.routed = layer.roots, layer.slots - layer.roots
 
     def forward(self, x_Td: Tensor, used_token: None, sparse_routes: bool, use_tutel: bool) -> tuple:

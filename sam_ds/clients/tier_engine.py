@@ -157,7 +157,7 @@ class TierEngine:
 
         def look(index: int, x_Td: Tensor) -> None:
             layer = self.layers[index]
-            score_TE = F.linear(x_Td.float(), self.store.wg[index].to(x_Td.device))
+            score_TE = F.linear(layer.gate_features(x_Td), self.store.wg[index].to(x_Td.device))
             full_EE = torch.ones(score_TE.shape[1], score_TE.shape[1], dtype=torch.bool, device=x_Td.device).triu(1)
             routing = route(score_TE, full_EE, roots=layer.roots, k=self.budgets[index])
             scores.append(score_TE.mean(0))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sam_ds.config import RunConfig, TierSection, ds_config_path
 from sam_ds.errors import InputError
-from sam_ds.experts.config import standin_shape
+from sam_ds.experts.config import router_shape, standin_shape
 from sam_ds.experts.surgery import find_ffns
 
 GIB = 2**30
@@ -75,7 +75,12 @@ def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimat
         hidden=shape.hidden,
     )  # fmt: skip
     standins = shape.layers * ((rank + outputs) * shape.hidden + tier.experts * (rank + 1) * outputs)
-    gates = shape.layers * tier.experts * shape.hidden
+    _, features = router_shape(
+        config.sam.router, hidden=shape.hidden, num_experts=config.sam.num_experts,
+        root_neurons=config.sam.roots * shape.neurons // config.sam.num_experts, rank=config.sam.router_rank,
+        gated=shape.gated,
+    )  # fmt: skip
+    gates = shape.layers * tier.experts * features
     if tier.trains == "full":
         trained = ffn + gates + (other if config.train.dense else 0)
     else:

@@ -7,38 +7,32 @@ scores, norms, activations and the softmax are left out, as usual: they are smal
 from __future__ import annotations
 
 from sam_ds.errors import InputError
-from sam_ds.experts.config import standin_shape
+from sam_ds.experts.config import SamConfig
 
 
-def ffn_flops(
-    *,
-    hidden: int,
-    neurons: int,
-    num_experts: int,
-    active: float,
-    gated: bool,
-    roots: int,
-    standin_rank: int,
-    standin: str,
-) -> float:
-    """Forward FLOPs a token of one feed-forward layer of `neurons` in all, `active` of E experts visited.
+def dense_flops(*, hidden: int, neurons: int, gated: bool) -> float:
+    """Forward FLOPs a token of one dense feed-forward layer."""
+    return 2.0 * (3 if gated else 2) * hidden * neurons
+
+
+def ffn_flops(config: SamConfig, *, hidden: int, neurons: int, gated: bool, active: float) -> float:
+    """Forward FLOPs a token of one converted layer of `neurons` in all, `active` of E experts visited.
 
     `active` may be a mean over tokens. All experts visited is the dense layer, which runs without gate and
-    stand-ins. Raises InputError for a stand-in that does not exist and `active` outside [0, E].
+    stand-ins. Raises InputError for `active` outside [0, E].
     """
-    rank, outputs = standin_shape(
-        standin, num_experts=num_experts, roots=roots, rank=standin_rank, hidden=hidden
-    )  # fmt: skip
-    if not 0 <= active <= num_experts:
-        raise InputError(f"active must be between 0 and num_experts = {num_experts}, got {active}")
-    matrices = 3 if gated else 2
-    experts = 2.0 * matrices * hidden * neurons * active / num_experts
-    if active == num_experts:
-        return experts
-    gate = 2.0 * num_experts * hidden
+    experts = config.num_experts
+    if not 0 <= active <= experts:
+        raise InputError(f"active must be between 0 and num_experts = {experts}, got {active}")
+    dense = dense_flops(hidden=hidden, neurons=neurons, gated=gated)
+    if active == experts:
+        return dense
+    inner, width = config.router_shape(hidden=hidden, neurons=neurons, gated=gated)
+    gate = 2.0 * (hidden * inner + experts * width)
+    rank, outputs = config.standin_shape(hidden)
     # The layer's form: V x, every expert's core, the output basis (experts/standins.py).
-    standins = 2.0 * (rank * hidden + num_experts * (rank + 1) * outputs + outputs * hidden)
-    return experts + gate + standins
+    standins = 2.0 * (rank * hidden + experts * (rank + 1) * outputs + outputs * hidden)
+    return dense * active / experts + gate + standins
 
 
 def forward_flops(*, other_parameters: int, ffn: float) -> float:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sam_ds.experts.calibrate import hidden_of
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
-from sam_ds.graph.route import Counters, Routing, count, route
+from sam_ds.graph.route import Counters, count
 
 _BATCH = 8
 """Rows a forward pass."""
@@ -48,8 +48,9 @@ class LayerFacts:
 
     def summary(self) -> str:
         """One line without usage."""
+        roots = f"{self.roots} root{'' if self.roots == 1 else 's'}"
         captured = "" if self.mass is None else f", mass captured {percent(self.mass)}"
-        return (f"{self.path}: {self.experts} experts of {self.neurons} neurons, {self.roots} roots, {self.active} "
+        return (f"{self.path}: {self.experts} experts of {self.neurons} neurons, {roots}, {self.active} "
                 f"visited, {len(self.edges)} edges{captured}")  # fmt: skip
 
 
@@ -99,7 +100,7 @@ class _Watch:
     def add(self, x_Td: Tensor) -> None:
         layer = self.layer
         adjacency_EE = layer.sam.adjacency_SS
-        routing: Routing = route(layer.scores(x_Td), adjacency_EE, roots=layer.roots, k=layer.top_k)
+        routing = layer.routing(layer.scores(x_Td))
         counted = count(routing, adjacency_EE)
         self.counters = counted if self.counters is None else self.counters + counted
         weights_2TE = torch.stack([torch.ones_like(routing.visited_TS), routing.visited_TS]).double()

@@ -6,7 +6,7 @@ information, labels drawn from the model itself: Martens, 1412.1193), so
 
     lost[k] = 1/2 sum of the E - k smallest ||f_e(x) - mu_e||^2 in that norm, a mean over tokens
 
-with the cross terms of experts left out. The budget L top_k goes where one more expert saves most.
+with the cross terms of experts left out. The budget, L top_k, goes where one more expert saves most.
 
 Legend: L layers, T tokens, E experts, K = E + 1 budgets 0..E, n neurons an expert, d hidden.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_ds.discovery.mass import expert_mass
 from sam_ds.experts.calibrate import DISCOVERY_TOKENS, evenly, hidden_of, layer_inputs
 from sam_ds.experts.surgery import FFN
 
@@ -88,23 +89,22 @@ def lost_by_budget(hidden_Tm: Tensor, down_md: Tensor, fisher_dd: Tensor, *, num
     `hidden_Tm` what the neurons put out, expert by expert; `down_md` the rows they write; 0 at k = E.
     """
     down_End = down_md.float().unflatten(0, (num_experts, -1))
-    h_ETn = (hidden_Tm - hidden_Tm.mean(0)).unflatten(1, (num_experts, -1)).transpose(0, 1)
-    gram_Enn = down_End @ fisher_dd @ down_End.transpose(1, 2)
-    mass_TE = 0.5 * (h_ETn @ gram_Enn * h_ETn).sum(-1).clamp(min=0).t()
+    h_TEn = (hidden_Tm - hidden_Tm.mean(0)).unflatten(1, (num_experts, -1))
+    mass_TE = 0.5 * expert_mass(h_TEn, down_End, fisher_dd)
     by_mass_TE = torch.cat([mass_TE[:, :roots], mass_TE[:, roots:].sort(dim=1, descending=True).values], dim=1)
     left_E = by_mass_TE.mean(0).flip(0).cumsum(0).flip(0)
     return torch.cat([left_E, left_E.new_zeros(1)])
 
 
-def allocate(lost_LK: Tensor, top_k: int, roots: int) -> list[int]:
-    """k of each layer: together L top_k, each from `roots` to E, the sum of `lost_LK` least.
+def allocate(lost_LK: Tensor, total: int, roots: int) -> list[int]:
+    """k of each layer: together `total`, each from `roots` to E, the sum of `lost_LK` least.
 
     One expert at a time where it saves most: exact, for a layer's curve is convex (the smallest go last).
     """
     layers, num_experts = lost_LK.shape[0], lost_LK.shape[1] - 1
     saved_LE = lost_LK[:, :-1] - lost_LK[:, 1:]
     budgets = [roots] * layers
-    for _ in range(layers * (top_k - roots)):
+    for _ in range(total - layers * roots):
         open_layers = [layer for layer in range(layers) if budgets[layer] < num_experts]
         best = max(open_layers, key=lambda layer: float(saved_LE[layer, budgets[layer]]))
         budgets[best] += 1

@@ -18,15 +18,18 @@ from torch.nn import functional as F
 
 from sam_ds.discovery.features import activation_features, order_by_usage, output_features, weight_features
 from sam_ds.discovery.kmeans import balanced_kmeans, permutation
+from sam_ds.discovery.mass import expert_mass
+from sam_ds.discovery.regroup import regroup
 from sam_ds.errors import InputError
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.standins import fit_standins, ridge
+from sam_ds.experts.router import fit_router
+from sam_ds.experts.standins import fit_standins
 from sam_ds.experts.surgery import FFN
 from sam_ds.graph.dag import initial_graph
-from sam_ds.graph.route import route
+from sam_ds.graph.widest import thresholds, widths
 
-DISCOVERY_TOKENS = 4096
-"""Enough to tell how active a neuron is; the fits use all."""
+DISCOVERY_TOKENS = 8192
+"""Enough to tell which neurons work together; the fits use all."""
 _CHUNK = 1024
 """Tokens a pass of a fit."""
 _BATCH = 16
@@ -72,7 +75,9 @@ def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], lim
 
 
 @torch.no_grad()
-def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, roots: int, features: str, seed: int) -> Tensor:
+def discover(
+    ffn: FFN, x_Td: Tensor, *, num_experts: int, roots: int, features: str, regroups: int, top_k: int, seed: int
+) -> Tensor:
     """Find the experts among the FFN's neurons; returns the order (m,) that puts them in place, most used first.
 
     The roots, which every token visits, are the neurons whose output varies most (CMoE's shared experts, 2502.04416,
@@ -95,6 +100,12 @@ def discover(ffn: FFN, x_Td: Tensor, *, num_experts: int, roots: int, features: 
     else:
         points = output_features(down_md.t().float(), hidden_Tm.norm(dim=0) / hidden_Tm.shape[0] ** 0.5)
     labels_m = balanced_kmeans(points[rest_m], num_experts - roots, seed=seed).labels_m
+    if regroups > 0:
+        hidden_Tm = hidden_Tm[:, rest_m]
+        labels_m = regroup(
+            labels_m, x_Td, hidden_Tm - hidden_Tm.mean(0), down_md[rest_m].float(),
+            visited=(top_k - roots) / (num_experts - roots), rounds=regroups,
+        )  # fmt: skip
     usage_E = energy_m.new_zeros(num_experts - roots).index_add_(0, labels_m, energy_m[rest_m])
     return torch.cat([root_m, rest_m[permutation(order_by_usage(labels_m, usage_E))]])
 
@@ -118,10 +129,10 @@ def hidden_of(ffn: FFN, x_Td: Tensor) -> Tensor:
 def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float, seed: int) -> Tensor:
     """Fit gate, graph and stand-ins of a permuted layer on its inputs; returns the affinity (E, E) of its experts.
 
-    Gate: ridge regression from x to ||f_e(x) - mu_e||, the output lost if e is not visited.
+    What the gate predicts is ||f_e(x) - mu_e||, the output lost if e is not visited.
     """
-    num_experts, hidden = layer.slots, x_Td.shape[1]
-    ffn = layer.ffn
+    num_experts, roots = layer.slots, layer.roots
+    ffn, sam = layer.ffn, layer.sam
     # Every chunk of tokens a fair sample, for the text is often ordered by where it comes from.
     x_Td = x_Td[torch.randperm(len(x_Td), generator=torch.Generator().manual_seed(seed)).to(x_Td.device)]
     down_End = layer.slots_out(layer.matrices()[2]).float()
@@ -129,22 +140,22 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
     if standin != "none":
         for x_chunk in x_Td.split(_CHUNK):
             center_m += hidden_of(ffn, x_chunk).sum(0) / x_Td.shape[0]
-    # ||W' h||^2 = h' (W W') h: in the n neurons of an expert, which are far fewer than d.
-    gram_Enn = down_End @ down_End.transpose(1, 2)
-    gram_dd = x_Td.new_zeros(hidden, hidden, dtype=torch.float64)
-    cross_dE = x_Td.new_zeros(hidden, num_experts, dtype=torch.float64)
+    lost, root = [], []
     for x_chunk in x_Td.split(_CHUNK):
-        h_ETn = (hidden_of(ffn, x_chunk) - center_m).unflatten(1, (num_experts, -1)).transpose(0, 1)
-        lost_TE = (h_ETn @ gram_Enn * h_ETn).sum(-1).clamp(min=0).sqrt().t()
-        gram_dd += (x_chunk.t() @ x_chunk).double()
-        cross_dE += (x_chunk.t() @ lost_TE).double()
-    layer.sam.wg.copy_(ridge(gram_dd, cross_dE, 1e-3).t())
+        hidden_Tm = hidden_of(ffn, x_chunk)
+        root.append(hidden_Tm[:, : roots * layer.neurons].clone())
+        lost.append(expert_mass((hidden_Tm - center_m).unflatten(1, (num_experts, -1)), down_End).sqrt())
+    root_Tr, some_Tm = torch.cat(root), hidden_of(ffn, x_Td[:DISCOVERY_TOKENS])
+    sam.wg.copy_(fit_router(sam.phi, ffn, x_Td, root_Tr, torch.cat(lost), hidden_Tm=some_Tm, seed=seed))
 
-    full_EE = torch.ones(num_experts, num_experts, dtype=torch.bool, device=x_Td.device).triu(1)
-    visited_TE = route(F.linear(x_Td, layer.sam.wg), full_EE, roots=layer.roots, k=layer.top_k).visited_TS.float()
-    affinity_EE = coactivation(visited_TE).cpu()
-    graph_EE = initial_graph(affinity_EE.double().numpy(), density=density, roots=layer.roots)
-    layer.sam.adjacency_SS.copy_(torch.from_numpy(graph_EE))
+    # The graph is drawn from the routes over all edges, then the layer's own routes are those over the graph.
+    scores_TE = layer.scores(x_Td)
+    sam.adjacency_SS.fill_(True).triu_(1)
+    set_thresholds(layer, scores_TE)
+    affinity_EE = coactivation(layer._reached(scores_TE, layer.top_k).float()).cpu()
+    graph_EE = initial_graph(affinity_EE.double().numpy(), density=density, roots=roots)
+    sam.adjacency_SS.copy_(torch.from_numpy(graph_EE))
+    set_thresholds(layer, scores_TE)
     if standin == "none":
         return affinity_EE
 
@@ -152,30 +163,38 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
         # One set of stand-ins serves every budget: half of the fit sees the layer's own routes, a quarter those of
         # other lengths, a quarter random subsets, which is what clients that hold only some experts do.
         generator = torch.Generator().manual_seed(seed)
-        lengths = [max(layer.roots + 1, num_experts // 4), max(layer.roots, num_experts // 2)]
+        lengths = [max(min(roots + 1, num_experts), num_experts // 4), max(roots, num_experts // 2)]
+        scores = scores_TE.split(_CHUNK)
         for index, x_chunk in enumerate(x_Td.split(_CHUNK)):
             k = layer.top_k if index % 4 in (0, 2) else lengths[index // 4 % 2]
             if index % 4 == 3:
-                drawn = torch.randperm(num_experts - layer.roots, generator=generator)[: k - layer.roots]
+                drawn = torch.randperm(num_experts - roots, generator=generator)[: k - roots]
                 visited_TE = torch.zeros(x_chunk.shape[0], num_experts, dtype=torch.bool, device=x_chunk.device)
-                visited_TE[:, drawn.to(x_chunk.device) + layer.roots] = True
-                visited_TE[:, : layer.roots] = True
+                visited_TE[:, drawn.to(x_chunk.device) + roots] = True
+                visited_TE[:, :roots] = True
             else:
-                visited_TE = route(F.linear(x_chunk, layer.sam.wg), full_EE, roots=layer.roots, k=k).visited_TS
+                visited_TE = layer._reached(scores[index], k)
             # The masked dense layer: what the unvisited experts would have added, means aside.
             hidden_Tm = (hidden_of(ffn, x_chunk) - center_m).unflatten(1, (num_experts, -1))
             missed_Tm = (hidden_Tm * ~visited_TE[:, :, None]).flatten(1)
             yield x_chunk, missed_Tm @ down_End.flatten(0, 1), ~visited_TE
 
     mean_Ed = torch.einsum("en,end->ed", center_m.view(num_experts, -1), down_End)
-    mean_Ed[: layer.roots] = 0.0
-    rank, outputs = layer.sam.basis_dq.shape[1], layer.sam.spread_pd.shape[0]
-    fitted = fit_standins(chunks, mean_Ed=mean_Ed, roots=layer.roots, rank=rank, outputs=outputs)
-    layer.sam.basis_dq.copy_(fitted.basis_dq)
-    layer.sam.core_SQp.copy_(fitted.core_EQp)
-    layer.sam.core_all_Qp.copy_(fitted.core_EQp.sum(0))
-    layer.sam.spread_pd.copy_(fitted.spread_pd)
+    mean_Ed[:roots] = 0.0
+    rank, outputs = sam.basis_dq.shape[1], sam.spread_pd.shape[0]
+    fitted = fit_standins(chunks, mean_Ed=mean_Ed, roots=roots, rank=rank, outputs=outputs)
+    sam.basis_dq.copy_(fitted.basis_dq)
+    sam.core_SQp.copy_(fitted.core_EQp)
+    sam.core_all_Qp.copy_(fitted.core_EQp.sum(0))
+    sam.spread_pd.copy_(fitted.spread_pd)
     return affinity_EE
+
+
+def set_thresholds(layer: SamFFN, scores_TE: Tensor) -> None:
+    """Find the scores at which tokens of these (T, E) visit 0..E experts on average; nothing for a fixed number."""
+    if layer.by_threshold:
+        width_TE = widths(scores_TE, layer.sam.adjacency_SS, roots=layer.roots)
+        layer.sam.threshold_K.copy_(thresholds(width_TE, roots=layer.roots))
 
 
 def coactivation(visited_TE: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from sam_ds.errors import InputError, nearest
 
 CONFIG_FILE = "sam_config.json"
+ROUTERS = ("roots", "linear", "low_rank", "mlp", "mean_key", "representative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +19,28 @@ class SamConfig:
     """E, experts a layer; must divide the number of FFN neurons."""
     top_k: int = 12
     """k, experts a token visits in each layer, roots included."""
-    roots: int = 2
+    roots: int = 1
     """r, experts every token visits: the entries of the graph."""
     features: str = "weights"
     """What neurons are clustered by: `weights` (EMoE), `activations` (CMoE) or `output`."""
+    regroups: int = 4
+    """How often neurons are regrouped after it for the routes they will be visited on (discovery/regroup.py)."""
+    router: str = "roots"
+    """What the gate scores experts by (experts/router.py)."""
+    router_rank: int = 32
+    """Rank of the `low_rank` router, inner units of the `mlp`."""
+    routing: str = "threshold"
+    """Whether a token visits the experts that score enough, top_k of them on average over text like the calibration
+    text (`threshold`), or always as many (`top_k`). The thresholds stay where calibration found them: where gates
+    train, it is `top_k` that keeps the budget."""
     standin: str = "linear"
     """What stands in for an expert not visited: `none`, `mean` or `linear`."""
-    standin_rank: int = 16
+    standin_rank: int = 8
     """q, rank of the `linear` stand-ins."""
     allocation: str = "sensitivity"
     """Whether every layer visits top_k (`uniform`), or top_k on average, more where the loss feels it more."""
-    density: float = 0.5
-    """Share of the E (E - 1) / 2 possible edges that the initial graph has."""
+    density: float = 1.0
+    """Share of the E (E - 1) / 2 possible edges that the initial graph has; a path that is missing costs quality."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,8 +55,9 @@ class SamConfig:
         for name, choices in _CHOICES:
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.standin_rank < 1:
-            raise InputError(f"standin_rank must be at least 1, got {self.standin_rank}")
+        for name, least in (("standin_rank", 1), ("router_rank", 1), ("regroups", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamConfig:
@@ -55,6 +67,13 @@ class SamConfig:
             if key not in known:
                 raise InputError(f"unknown key {key!r} in {CONFIG_FILE}{nearest(key, known)}")
         return cls(**values)
+
+    def router_shape(self, *, hidden: int, neurons: int, gated: bool) -> tuple[int, int]:
+        """(I, F) of a layer of so many neurons, as `router_shape` says."""
+        return router_shape(
+            self.router, hidden=hidden, num_experts=self.num_experts,
+            root_neurons=self.roots * neurons // self.num_experts, rank=self.router_rank, gated=gated,
+        )  # fmt: skip
 
     def standin_shape(self, hidden: int) -> tuple[int, int]:
         """(q, p) of a layer of this hidden size, as `standin_shape` says."""
@@ -75,8 +94,23 @@ def standin_shape(standin: str, *, num_experts: int, roots: int, rank: int, hidd
     return (rank if standin == "linear" else 0), min(hidden, outputs[standin])
 
 
+def router_shape(
+    router: str, *, hidden: int, num_experts: int, root_neurons: int, rank: int, gated: bool
+) -> tuple[int, int]:
+    """(I, F): units of the inner product that a gate's features begin with, and these (experts/router.py)."""
+    if router == "roots":
+        return 0, hidden + root_neurons + 1
+    if router in ("low_rank", "mlp"):
+        return rank, rank + 1
+    if router == "representative":
+        return num_experts * (2 if gated else 1), num_experts
+    return 0, hidden + (router == "linear")
+
+
 _CHOICES = (
     ("features", ("weights", "activations", "output")),
+    ("router", ROUTERS),
+    ("routing", ("threshold", "top_k")),
     ("standin", ("none", "mean", "linear")),
     ("allocation", ("uniform", "sensitivity")),
 )

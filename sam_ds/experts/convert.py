@@ -16,9 +16,9 @@ from sam_ds.errors import InputError
 from sam_ds.experts.allocation import lost_curves
 from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.layer import check_layers
 from sam_ds.experts.model import SamMixin, inject_layers, wrap_ffns
 from sam_ds.experts.surgery import find_ffns, permute_neurons
+from sam_ds.experts.verify import check_layers
 
 
 def check_architecture(architecture: PreTrainedConfig, config: SamConfig) -> PreTrainedModel:
@@ -80,7 +80,7 @@ def get_sam_model(
             orders.append(
                 discover(
                     ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
-                    seed=config.seed + index,
+                    regroups=config.regroups, top_k=config.top_k, seed=config.seed + index,
                 )
             )  # fmt: skip
         lost_LK = None

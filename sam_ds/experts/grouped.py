@@ -10,7 +10,7 @@ On a GPU `grouped_mm` takes all pairs at once. On the CPU (P, d) arrays cost a q
 fresh pages (`examples/benchmarks/layer.md`), so a loop takes one expert's rows at a time and adds what it gets in
 place, backward as well; the gradient of a weight is written once, in the layout of the weight.
 
-Legend: T tokens, P pairs, S slots, J choices a token, d hidden size, or a rank in its place, n neurons an expert,
+Legend: T tokens, P pairs, S slots, J most pairs of a token, d hidden size, or a rank in its place, n neurons an expert,
 m = S n, r neurons of all the roots; t and p tokens and pairs of one expert.
 """
 
@@ -31,46 +31,53 @@ from torch.nn.functional import grouped_mm
 class Pairs:
     """Which tokens go to which expert beside the roots; made by `pairs_of`."""
 
-    order_P: Tensor
-    """Sorts the pairs by slot; unsorted, pair i is of token i // J."""
+    token_P: Tensor
     slot_P: Tensor
-    """The slot of every sorted pair."""
     ends_S: Tensor
-    """int32: slot s has the sorted pairs [ends[s-1], ends[s]); a root has none."""
-    choices: int
+    """int32: slot s has the pairs [ends[s-1], ends[s]); a root has none."""
+    visited_TS: Tensor
+    """bool, roots not in it."""
     roots: int
     neurons: int
 
-    @property
-    def token_P(self) -> Tensor:
-        """The token of every sorted pair."""
-        return self.order_P // self.choices
+    def of_tokens(self) -> Tensor:
+        """(T, J) the pairs of each token, P where it has fewer than the most that one has."""
+        pair_ST = torch.full_like(self.visited_TS.t(), len(self.token_P), dtype=torch.int64)
+        pair_ST[self.slot_P, self.token_P] = torch.arange(len(self.token_P), device=self.token_P.device)
+        most = int(self.visited_TS.sum(1).max()) if len(self.token_P) else 0
+        return pair_ST.t().sort(dim=1).values[:, :most]
 
     def experts(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Of every expert that has pairs: these, its neurons, its tokens. Waits for the device once."""
-        token_P, start = self.token_P, 0
+        start = 0
         for slot, end in enumerate(self.ends_S.tolist()):
             if end > start:
-                yield slice(start, end), slice(slot * self.neurons, (slot + 1) * self.neurons), token_P[start:end]
+                yield slice(start, end), slice(slot * self.neurons, (slot + 1) * self.neurons), self.token_P[start:end]
             start = end
 
 
-def pairs_of(slot_TJ: Tensor, *, slots: int, roots: int, neurons: int) -> Pairs:
-    """From the slot of every choice, none of them a root's."""
-    slot_P, order_P = slot_TJ.flatten().sort(stable=True)
-    return Pairs(
-        order_P=order_P, slot_P=slot_P, ends_S=slot_P.bincount(minlength=slots).cumsum(0).int(),
-        choices=slot_TJ.shape[1], roots=roots, neurons=neurons,
-    )  # fmt: skip
+def pairs_of(visited_TS: Tensor, *, roots: int, neurons: int) -> Pairs:
+    """From which experts each token visits (bool); the first `roots` slots are everybody's and make no pairs."""
+    beside_TS = visited_TS.clone()
+    beside_TS[:, :roots] = False
+    slot_P, token_P = beside_TS.t().nonzero(as_tuple=True)
+    ends_S = beside_TS.sum(0).cumsum(0).int()
+    return Pairs(token_P=token_P, slot_P=slot_P, ends_S=ends_S, visited_TS=beside_TS, roots=roots, neurons=neurons)
 
 
-def into(x_Td: Tensor, weights_dm: Sequence[Tensor], pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
-    """For each weight (T, r) of the roots and (P, n) of the sorted pairs, in the weights' precision."""
+def into(
+    x_Td: Tensor, weights_dm: Sequence[Tensor], pairs: Pairs, products_Tr: Sequence[Tensor] = ()
+) -> list[tuple[Tensor, Tensor]]:
+    """For each weight (T, r) of the roots and (P, n) of the pairs, in the weights' precision.
+
+    `products_Tr`: the former, where known already; they get their gradient here all the same.
+    """
     x_Td, *weights_dm = _same_precision(x_Td, *weights_dm)
+    r = pairs.roots * pairs.neurons
     if not _worth_grouping(weights_dm[0], pairs):
-        out = _Into.apply(pairs, x_Td, *weights_dm)
+        out = _Into.apply(pairs, [known_Tr.to(x_Td.dtype) for known_Tr in products_Tr], x_Td, *weights_dm)
         return list(zip(out[::2], out[1::2], strict=True))
-    x_Pd, r = x_Td.index_select(0, pairs.token_P), pairs.roots * pairs.neurons
+    x_Pd = x_Td.index_select(0, pairs.token_P)
     experts_Sdn = [weight_dm.unflatten(1, (-1, pairs.neurons)).transpose(0, 1) for weight_dm in weights_dm]
     return [
         (x_Td @ weight_dm[:, :r], grouped_mm(x_Pd, weight_Sdn, offs=pairs.ends_S))
@@ -85,7 +92,9 @@ def out_of(hidden_Tr: Tensor, hidden_Pn: Tensor, weight_md: Tensor, pairs: Pairs
         return _OutOf.apply(pairs, hidden_Tr, hidden_Pn, weight_md)
     out_Pd = grouped_mm(hidden_Pn, weight_md.unflatten(0, (-1, pairs.neurons)), offs=pairs.ends_S)
     # Not `index_add`, which on a GPU adds in another order every time.
-    out_TJd = out_Pd.index_select(0, pairs.order_P.argsort()).unflatten(0, (-1, pairs.choices))
+    pair_TJ = pairs.of_tokens()
+    padded_Pd = torch.cat([out_Pd, out_Pd.new_zeros(1, out_Pd.shape[1])])
+    out_TJd = padded_Pd.index_select(0, pair_TJ.flatten()).unflatten(0, pair_TJ.shape)
     return hidden_Tr @ weight_md[: hidden_Tr.shape[1]] + out_TJd.sum(1)
 
 
@@ -99,7 +108,7 @@ def _same_precision(*values: Tensor) -> list[Tensor]:
 def _worth_grouping(weight_dm: Tensor, pairs: Pairs) -> bool:
     """On a GPU, where rows are of 16 bytes, as the kernel wants them, and more than a handful."""
     aligned = all(size * weight_dm.element_size() % 16 == 0 for size in (weight_dm.shape[0], pairs.neurons))
-    return weight_dm.is_cuda and aligned and len(pairs.order_P) >= 4 * len(pairs.ends_S)
+    return weight_dm.is_cuda and aligned and len(pairs.token_P) >= 4 * len(pairs.ends_S)
 
 
 def _without_autocast(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,16 +127,19 @@ class _Into(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    def forward(ctx: Any, pairs: Pairs, x_Td: Tensor, *weights_dm: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, pairs: Pairs, products_Tr: list[Tensor], x_Td: Tensor, *weights_dm: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.pairs = pairs
         ctx.save_for_backward(x_Td, *weights_dm)
         r = pairs.roots * pairs.neurons
-        outs_Pn = [x_Td.new_empty(len(pairs.order_P), pairs.neurons) for _ in weights_dm]
+        outs_Pn = [x_Td.new_empty(len(pairs.token_P), pairs.neurons) for _ in weights_dm]
         for rows, own, tokens in pairs.experts():
             x_td = x_Td.index_select(0, tokens)
             for weight_dm, out_Pn in zip(weights_dm, outs_Pn, strict=True):
                 torch.mm(x_td, weight_dm[:, own], out=out_Pn[rows])
-        outs_Tr = [x_Td @ weight_dm[:, :r] for weight_dm in weights_dm]
+        outs_Tr = [known_Tr.detach() for known_Tr in products_Tr]
+        outs_Tr = outs_Tr or [x_Td @ weight_dm[:, :r] for weight_dm in weights_dm]
         return tuple(out for both in zip(outs_Tr, outs_Pn, strict=True) for out in both)
 
     @staticmethod
@@ -135,7 +147,7 @@ class _Into(torch.autograd.Function):
     @_without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         pairs, (x_Td, *weights_dm) = ctx.pairs, ctx.saved_tensors
-        _, need_x, *need_weights = ctx.needs_input_grad
+        _, _, need_x, *need_weights = ctx.needs_input_grad
         r = pairs.roots * pairs.neurons
         dx_Td = torch.zeros_like(x_Td)
         dweights_dm = [
@@ -157,7 +169,7 @@ class _Into(torch.autograd.Function):
                 if dweight_dm is not None:
                     torch.mm(x_td.t(), dout_Pn[rows], out=dweight_dm[:, own])
             dx_Td.index_add_(0, tokens, dx_td)
-        return None, dx_Td if need_x else None, *dweights_dm
+        return None, None, dx_Td if need_x else None, *dweights_dm
 
 
 class _OutOf(torch.autograd.Function):

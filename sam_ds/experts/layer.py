@@ -25,9 +25,11 @@ from torch.nn import functional as F
 from sam_ds.errors import InputError
 from sam_ds.experts.grouped import Pairs, into, out_of, pairs_of
 from sam_ds.experts.lora import LoraSlices
+from sam_ds.experts.router import Features
 from sam_ds.experts.standins import with_one
 from sam_ds.experts.surgery import FFN
-from sam_ds.graph.route import Counters, count, gate_values, route, straight_through
+from sam_ds.graph.route import Counters, Routing, count, gate_values, route, straight_through
+from sam_ds.graph.widest import widths
 
 Hidden = tuple[Tensor, Tensor]
 """Of the roots (T, r) and of the pairs of tokens and other experts (P, n)."""
@@ -36,12 +38,18 @@ Hidden = tuple[Tensor, Tensor]
 class SamParts(nn.Module):
     """What SAM adds to one FFN: gate, stand-ins, graph. Everything is small beside the FFN itself."""
 
-    def __init__(self, *, slots: int, standin_rank: int, standin_outputs: int, like_dm: Tensor) -> None:
+    def __init__(
+        self, *, slots: int, phi: Features, by_threshold: bool, standin_rank: int, standin_outputs: int,
+        like_dm: Tensor,
+    ) -> None:  # fmt: skip
         """Stand-ins have the precision of the FFN's weights `like_dm`, everything its device."""
         super().__init__()
         hidden, device = like_dm.shape[0], like_dm.device
-        # fp32 whatever the model's precision: a route must not depend on how a score was rounded.
-        self.wg = nn.Parameter(torch.zeros(slots, hidden, device=device))
+        self.phi = phi
+        self.wg = nn.Parameter(torch.zeros(slots, phi.width, device=device))
+        # The score that an expert must have to be visited, for every mean number of visits; empty for a fixed number.
+        budgets = slots + 1 if by_threshold else 0
+        self.register_buffer("threshold_K", torch.full((budgets,), float("-inf"), device=device))
         self.register_buffer("basis_dq", like_dm.new_zeros(hidden, standin_rank))
         self.register_buffer("core_SQp", like_dm.new_zeros(slots, standin_rank + 1, standin_outputs))
         self.register_buffer("core_all_Qp", like_dm.new_zeros(standin_rank + 1, standin_outputs))
@@ -64,8 +72,8 @@ class SamFFN(nn.Module):
     An inline FFN has no module: there the layer takes the activation's place, and the weights stay where they are."""
 
     def __init__(
-        self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, standin_rank: int,
-        standin_outputs: int = 0,
+        self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, router: str = "linear", router_rank: int = 0,
+        by_threshold: bool = False, standin_rank: int, standin_outputs: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if ffn.neurons % num_experts:
@@ -87,10 +95,16 @@ class SamFFN(nn.Module):
         """(S,) the ids of the experts in the slots, ascending."""
         self.roots = roots
         self.top_k = top_k
+        """k, roots included; on average over the tokens where they are routed by a threshold."""
         self.neurons = ffn.neurons // num_experts
+        like_dm = self.matrices()[0].detach()
+        phi = Features(
+            router, hidden=ffn.hidden, num_experts=num_experts, root_neurons=roots * self.neurons, rank=router_rank,
+            gated=ffn.gate is not None, device=like_dm.device,
+        )  # fmt: skip
         self.sam = SamParts(
-            slots=num_experts, standin_rank=standin_rank, standin_outputs=standin_outputs,
-            like_dm=self.matrices()[0].detach(),
+            slots=num_experts, phi=phi, by_threshold=by_threshold, standin_rank=standin_rank,
+            standin_outputs=standin_outputs, like_dm=like_dm,
         )  # fmt: skip
         self.lora: LoraSlices | None = None
         self.counters: Counters | None = None
@@ -101,6 +115,11 @@ class SamFFN(nn.Module):
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Views up (d, m), gate (d, m) or None, down (m, d)."""
         return self.ffn.weights()
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether a token visits the experts that score enough, not a fixed number."""
+        return len(self.sam.threshold_K) > 0
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
@@ -135,53 +154,102 @@ class SamFFN(nn.Module):
         y = y_Td.view(hidden_states.shape)
         return y if residual is None else residual + y
 
-    def scores(self, x_Td: Tensor) -> Tensor:
-        """(T, S) gate scores, fp32. The input is detached: the gate must not bend what the experts see."""
-        return F.linear(x_Td.detach().float(), self.sam.wg.float())
+    def scores(self, x_Td: Tensor, products_Tr: Sequence[Tensor] | None = None) -> Tensor:
+        """(T, S) gate scores, fp32; `products_Tr` as of `_root_products`, computed here if not given."""
+        return F.linear(self.gate_features(x_Td, products_Tr), self.sam.wg.float())
+
+    @torch.no_grad()
+    def gate_features(self, x_Td: Tensor, products_Tr: Sequence[Tensor] | None = None) -> Tensor:
+        """(T, F) what the gate's rows are multiplied with. No gradient: the gate must not bend what experts see."""
+        products_Tr = self._root_products(x_Td) if products_Tr is None else products_Tr
+        hidden_Tr = self._complete(x_Td.to(products_Tr[0].dtype), products_Tr, self.roots) if products_Tr else None
+        return self.sam.phi(x_Td, hidden_Tr, self.activation)
+
+    @torch.no_grad()
+    def _root_products(self, x_Td: Tensor) -> list[Tensor]:
+        """(T, r) x times the roots' up and, if there is one, gate weights, where the gate reads them, else none.
+
+        No gradient, for who routes over them computes it with all others' (`into`).
+        """
+        if self.sam.phi.router != "roots":
+            return []
+        x_Td, r = x_Td.to(self.matrices()[0].dtype), self.roots * self.neurons
+        return [x_Td @ matrix_dm[:, :r] for matrix_dm in self.matrices()[:2] if matrix_dm is not None]
+
+    def _complete(self, x_Td: Tensor, products_Tm: Sequence[Tensor], slots: int) -> Tensor:
+        """(T, m) what the neurons of the first `slots` experts put out: x times their weights, low-rank updates, biases
+        and activation."""
+        m, lora = slots * self.neurons, self.lora
+        up_b, gate_b, _ = self.ffn.biases()
+
+        def complete(out_Tm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
+            if bias_m is not None:
+                out_Tm = out_Tm + bias_m[:m]
+            return out_Tm if lora is None else out_Tm + lora.scale * (x_Td @ inner) @ rows[:m].t()
+
+        up_Tm = complete(products_Tm[0], up_b, lora and lora.up_in, lora and lora.up_rows)
+        if len(products_Tm) == 1:
+            return self.activation(up_Tm)
+        return self.activation(complete(products_Tm[1], gate_b, lora and lora.gate_in, lora and lora.gate_rows)) * up_Tm
+
+    @torch.no_grad()
+    def visited(self, x_Td: Tensor, k: int | None = None) -> Tensor:
+        """(T, S) bool: the experts that the tokens visit, or would visit with a budget of k."""
+        k = self.top_k if k is None else k
+        if k >= self.slots:
+            return torch.ones(x_Td.shape[0], self.slots, dtype=torch.bool, device=x_Td.device)
+        return self._reached(self.scores(x_Td), k)
+
+    def _reached(self, scores_TS: Tensor, k: int) -> Tensor:
+        """(T, S) bool: what tokens of these scores visit with a budget of k, fewer than all."""
+        if self.by_threshold:
+            width_TS = widths(scores_TS, self.sam.adjacency_SS, roots=self.roots)
+            return width_TS >= self.sam.threshold_K[k]
+        return route(scores_TS, self.sam.adjacency_SS, roots=self.roots, k=k).visited_TS
+
+    def routing(self, scores_TS: Tensor) -> Routing:
+        """The same visits, with the order and the edges that led to each."""
+        threshold, k = None, self.top_k
+        if self.by_threshold:
+            threshold, k = self.sam.threshold_K[k], self.slots
+        return route(scores_TS, self.sam.adjacency_SS, roots=self.roots, k=k, threshold=threshold)
 
     def _routed(self, x_Td: Tensor) -> Tensor:
-        scores_TS = self.scores(x_Td)
-        routing = route(scores_TS, self.sam.adjacency_SS, roots=self.roots, k=self.top_k)
+        products_Tr = self._root_products(x_Td)
+        scores_TS = self.scores(x_Td, products_Tr)
         # A graph task is under way where gradient checkpointing repeats a forward pass: counted already.
-        if self.counters is not None and torch._C._current_graph_task_id() == -1:
-            self.counters = self.counters + count(routing, self.sam.adjacency_SS)
-        found_TJ = routing.chosen_TJ >= 0
-        # A token that found no further expert goes to the first non-root with weight 0: no host sync for a rare case.
-        slot_TJ = torch.where(found_TJ, routing.chosen_TJ, self.roots)
-        weight_TJ = found_TJ.to(x_Td.dtype)
-        if torch.is_grad_enabled():
-            g_TJ = gate_values(scores_TS, routing, self.edge_logits_SS)
-            weight_TJ = weight_TJ * straight_through(g_TJ).to(x_Td.dtype)
-        pairs = pairs_of(slot_TJ, slots=self.slots, roots=self.roots, neurons=self.neurons)
-        y_Td = self._visited(x_Td, weight_TJ.flatten().index_select(0, pairs.order_P), pairs)
+        counting = self.counters is not None and torch._C._current_graph_task_id() == -1
+        learning = torch.is_grad_enabled() and (self.sam.wg.requires_grad or self.edge_logits_SS is not None)
+        if counting or learning:
+            routing = self.routing(scores_TS)
+            visited_TS = routing.visited_TS
+            if counting:
+                self.counters = self.counters + count(routing, self.sam.adjacency_SS)
+        else:
+            visited_TS = self._reached(scores_TS, self.top_k)
+        weight_TS = visited_TS.to(x_Td.dtype)
+        if learning:
+            g_TJ = straight_through(gate_values(scores_TS, routing, self.edge_logits_SS)).to(x_Td.dtype)
+            # What no decision chose falls on a root, whose weight is not used and whose stand-in is zero.
+            weight_TS = torch.zeros_like(weight_TS).scatter_add(1, routing.chosen_TJ.clamp(min=0), g_TJ)
+        pairs = pairs_of(visited_TS, roots=self.roots, neurons=self.neurons)
+        y_Td = self._visit(x_Td, weight_TS[pairs.token_P, pairs.slot_P], pairs, products_Tr)
         if len(self.sam.spread_pd) == 0:
             return y_Td
-        # The roots have no stand-in to take off.
-        visited_TS = x_Td.new_zeros(x_Td.shape[0], self.slots).scatter_add(1, slot_TJ, weight_TJ)
-        return y_Td + self.sam.standins(x_Td, visited_TS)
+        return y_Td + self.sam.standins(x_Td, weight_TS)
 
     def _dense(self, x_Td: Tensor) -> Tensor:
         """(T, d): all slots, visited by every token. Bias of the down-projection not included."""
         up_dm, gate_dm, down_md = self.matrices()
-        up_b, gate_b, _ = self.ffn.biases()
-        lora = self.lora
-        up_Tm = x_Td @ up_dm if up_b is None else torch.addmm(up_b, x_Td, up_dm)
-        if lora is not None:
-            up_Tm = up_Tm + lora.scale * (x_Td @ lora.up_in) @ lora.up_rows.t()
-        if gate_dm is None:
-            hidden_Tm = self.activation(up_Tm)
-        else:
-            gate_Tm = x_Td @ gate_dm if gate_b is None else torch.addmm(gate_b, x_Td, gate_dm)
-            if lora is not None:
-                gate_Tm = gate_Tm + lora.scale * (x_Td @ lora.gate_in) @ lora.gate_rows.t()
-            hidden_Tm = self.activation(gate_Tm) * up_Tm
+        products_Tm = [x_Td @ matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
+        hidden_Tm = self._complete(x_Td, products_Tm, self.slots)
         y_Td = hidden_Tm @ down_md
-        if lora is not None:
-            y_Td = y_Td + lora.scale * (hidden_Tm @ lora.down_rows) @ lora.down_out
+        if self.lora is not None:
+            y_Td = y_Td + self.lora.scale * (hidden_Tm @ self.lora.down_rows) @ self.lora.down_out
         return y_Td
 
-    def _visited(self, x_Td: Tensor, weight_P: Tensor, pairs: Pairs) -> Tensor:
-        """(T, d): `_dense` of the roots, and of the sorted pairs by their weights."""
+    def _visit(self, x_Td: Tensor, weight_P: Tensor, pairs: Pairs, products_Tr: Sequence[Tensor]) -> Tensor:
+        """(T, d): `_dense` of the roots, and of the pairs by their weights."""
         up_dm, gate_dm, down_md = self.matrices()
         up_b, gate_b, _ = self.ffn.biases()
         lora = self.lora
@@ -197,11 +265,11 @@ class SamFFN(nn.Module):
             return hidden_Tr, hidden_Pn
 
         if gate_dm is None:
-            (up,) = into(x_Td, [up_dm], pairs)
+            (up,) = into(x_Td, [up_dm], pairs, products_Tr)
             up = complete(up, up_b, lora and lora.up_in, lora and lora.up_rows)
             hidden_Tr, hidden_Pn = (self.activation(part) for part in up)
         else:
-            up, gate = into(x_Td, [up_dm, gate_dm], pairs)
+            up, gate = into(x_Td, [up_dm, gate_dm], pairs, products_Tr)
             up = complete(up, up_b, lora and lora.up_in, lora and lora.up_rows)
             gate = complete(gate, gate_b, lora and lora.gate_in, lora and lora.gate_rows)
             hidden_Tr, hidden_Pn = (self.activation(g) * u for g, u in zip(gate, up, strict=True))
@@ -211,46 +279,3 @@ class SamFFN(nn.Module):
         if lora is not None:
             y_Td = y_Td + lora.scale * out_of(hidden_Tr, hidden_Pn, lora.down_rows, pairs) @ lora.down_out
         return y_Td
-
-
-@torch.no_grad()
-def check_layers(model: nn.Module, ffns: Sequence[FFN], layers: Sequence[SamFFN], ids_BS: Tensor) -> None:
-    """Run the model, in eval mode, and compare each FFN with the layer made from it, all experts visited.
-
-    An FFN is known by the shapes of its parts; what it does with them is its own code. Raises InputError naming the
-    first that is not down(act(gate(x)) * up(x)), or that no forward pass reaches.
-    """
-    inputs: dict[int, tuple[Tensor, ...]] = {}
-    compared = set()
-    handles = []
-
-    def keep(index: int, args: tuple[Tensor, ...]) -> None:
-        inputs[index] = args
-
-    def compare(index: int, output: Tensor) -> None:
-        ffn, layer, (x, *residual) = ffns[index], layers[index], inputs[index]
-        ours = layer._dense(x.reshape(-1, x.shape[-1])).view(x.shape)
-        bias = ffn.biases()[2]
-        theirs = output - residual[0] if residual else output
-        error = (ours - theirs if bias is None else ours + bias - theirs).float().norm()
-        rounding = torch.finfo(x.dtype).eps * output.float().norm()
-        compared.add(index)
-        # What is not finite is reported with the calibration text, which it may come from.
-        if error > 0.05 * theirs.float().norm() + 4 * rounding:
-            inner = f"act({ffn.up}(x))" if ffn.gate is None else f"act({ffn.gate}(x)) * {ffn.up}(x)"
-            raise InputError(
-                f"{ffn.path} does not compute {ffn.down}({inner}), as its parts suggest (relative error "
-                f"{error / theirs.float().norm():.2g}); sam_ds/experts/surgery.py must learn what it does"
-            )
-
-    for index, ffn in enumerate(ffns):
-        handles.append(ffn.entry.register_forward_pre_hook(lambda _, args, index=index: keep(index, args)))
-        handles.append(ffn.exit.register_forward_hook(lambda _, args, output, index=index: compare(index, output)))
-    try:
-        model(input_ids=ids_BS.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for index, ffn in enumerate(ffns):
-        if index not in compared:
-            raise InputError(f"{ffn.path} has the parts of a feed-forward network, but no forward pass reaches it")

@@ -79,11 +79,12 @@ class SamMixin:
             held = contract(mask_EE, layer.held.tolist())
             layer.sam.adjacency_SS.copy_(torch.from_numpy(held))
 
-    def budgets(self, top_k: int) -> list[int]:
-        """Experts that a token visits in each layer, `top_k` on average (`SamConfig.allocation`)."""
+    def budgets(self, top_k: float) -> list[int]:
+        """Experts that a token visits in each layer, together at most L `top_k` (`SamConfig.allocation`)."""
         if self.sam_lost_LK is None:
-            return [top_k] * len(self.sam_layers)
-        return allocate(self.sam_lost_LK, top_k, self.sam_config.roots)
+            return [int(top_k)] * len(self.sam_layers)
+        # A mean of whole budgets comes back as their sum, whatever the division rounded.
+        return allocate(self.sam_lost_LK, int(top_k * len(self.sam_layers) + 1e-6), self.sam_config.roots)
 
     def allot(self, lost_LK: Tensor | None) -> None:
         """From now on visit as many experts in each layer as `budgets` says by this loss (L, E + 1)."""
@@ -92,7 +93,7 @@ class SamMixin:
             layer.top_k = budget
 
     @contextmanager
-    def active(self, top_k: int) -> Iterator[None]:
+    def active(self, top_k: float) -> Iterator[None]:
         """Visit `top_k` experts a token inside the block, on average over the layers; num_experts computes exactly
         the dense model.
 
@@ -223,7 +224,8 @@ def wrap_ffns(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
             raise InputError(f"standin_rank={rank} exceeds the model's hidden size {ffn.hidden}; lower it")
         layers.append(
             SamFFN(
-                ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, standin_rank=rank,
+                ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, router=config.router,
+                router_rank=config.router_rank, by_threshold=config.routing == "threshold", standin_rank=rank,
                 standin_outputs=outputs,
             )
         )  # fmt: skip

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sam_ds.discovery.ridge import ridge
+
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -35,12 +37,6 @@ class StandIns:
 Chunks = Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
 """A fresh pass over the calibration tokens: x (T, d), the summed output of the unvisited experts less their means
 (T, d), unvisited (T, E) bool."""
-
-
-def ridge(gram_FF: Tensor, cross_FO: Tensor, strength: float) -> Tensor:
-    """(F, O) minimiser of ||Y - X W||^2 + strength * mean(diag(X'X)) * ||W||^2, from X'X and X'Y (float64)."""
-    scale = gram_FF.diagonal().mean().clamp(min=1e-12) * strength
-    return torch.linalg.solve(gram_FF + torch.diag(scale.expand(len(gram_FF))), cross_FO)
 
 
 def with_one(z_Tq: Tensor) -> Tensor:

@@ -86,13 +86,12 @@ class RoundClock:
 
 def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     """FLOPs of a client's local training on this many tokens, attention and embeddings included."""
-    section, layers = server.config.sam, server.model.sam_layers
+    layers = server.model.sam_layers
 
     def forward(layer: SamFFN, active: int) -> float:
         return ffn_flops(
-            hidden=layer.sam.wg.shape[1], neurons=layer.neurons * server.num_experts, num_experts=server.num_experts,
-            active=active, gated=layer.ffn_names[1] is not None, roots=section.roots,
-            standin_rank=section.standin_rank, standin=section.standin,
+            server.model.sam_config, hidden=layer.ffn.hidden, neurons=layer.neurons * server.num_experts,
+            gated=layer.ffn_names[1] is not None, active=active,
         )  # fmt: skip
 
     steps = server.config.train.whole_steps()

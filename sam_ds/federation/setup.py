@@ -24,10 +24,14 @@ from sam_ds.federation.server import public_rows
 
 
 def sam_config(config: RunConfig) -> SamConfig:
-    """The conversion part of a run's configuration."""
+    """The conversion part of a run's configuration.
+
+    Tokens visit a fixed number of experts: under training, scores leave the thresholds that calibration found.
+    """
     section = config.sam
     return SamConfig(
         num_experts=section.num_experts, top_k=section.top_k, roots=section.roots, features=section.features,
+        regroups=section.regroups, router=section.router, router_rank=section.router_rank, routing="top_k",
         standin=section.standin, standin_rank=section.standin_rank, allocation=section.allocation,
         density=section.density, seed=config.seed,
     )  # fmt: skip

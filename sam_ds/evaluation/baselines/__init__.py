@@ -14,7 +14,7 @@ from sam_ds.evaluation.baselines.keys import EMOE, MOEFICATION
 from sam_ds.evaluation.baselines.masked import Method
 from sam_ds.evaluation.baselines.random_split import LLAMA_MOE, RANDOM
 from sam_ds.evaluation.baselines.static import FLAP, STATIC
-from sam_ds.evaluation.costs import ffn_flops
+from sam_ds.evaluation.costs import dense_flops
 from sam_ds.experts.surgery import FFN
 
 BASELINES: dict[str, Method] = {
@@ -26,10 +26,7 @@ BASELINES: dict[str, Method] = {
 def baseline_flops(method: Method, ffn: FFN, *, num_experts: int, k: int) -> float:
     """Forward FLOPs a token of one layer: k of E experts, and the router where there is something to choose."""
     gated = ffn.gate is not None
-    dense = ffn_flops(
-        hidden=ffn.hidden, neurons=ffn.neurons, num_experts=num_experts, active=num_experts, gated=gated,
-        roots=0, standin_rank=0, standin="none",
-    )  # fmt: skip
+    dense = dense_flops(hidden=ffn.hidden, neurons=ffn.neurons, gated=gated)
     router = method.router_flops(ffn.hidden, num_experts, k, gated) if k < num_experts or method.weighted else 0.0
     return dense * k / num_experts + router
 

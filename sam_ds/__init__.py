@@ -1,6 +1,6 @@
 """sam_ds: self-assembling expert graphs. Federated learning of the weights and the topology of a language model.
 
-The public verbs are `get_sam_model` and `from_pretrained`; what they return has `save_pretrained`,
+The public verbs are `get_sam_model`, `distill` and `from_pretrained`; a converted model has `save_pretrained`,
 `merge_and_unload`, `unload`, `print_trainable_parameters`, `active` and `set_graph` beside everything its own class
 has.
 """
@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from sam_ds.experts.checkpoint import from_pretrained
     from sam_ds.experts.config import SamConfig
     from sam_ds.experts.convert import get_sam_model
+    from sam_ds.experts.distill import DistillConfig, distill
 
-__all__ = ["InputError", "SamConfig", "from_pretrained", "get_sam_model"]
+__all__ = ["DistillConfig", "InputError", "SamConfig", "distill", "from_pretrained", "get_sam_model"]
 
-_LAZY = {"SamConfig": "config", "from_pretrained": "checkpoint", "get_sam_model": "convert"}
+_LAZY = {
+    "SamConfig": "config", "DistillConfig": "distill", "distill": "distill", "from_pretrained": "checkpoint",
+    "get_sam_model": "convert",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that the configuration and the pure parts load without torch and transformers.
     if name in _LAZY:
-        if name != "SamConfig":
+        if name in ("from_pretrained", "get_sam_model"):
             # A model that a script makes may come under transformers.Trainer; our own runs do without it.
             import_module("sam_ds.experts.trainer")
         return getattr(import_module(f"sam_ds.experts.{_LAZY[name]}"), name)

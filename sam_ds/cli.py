@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sam_ds.errors import InputError
+from sam_ds.experts.config import ROUTERS, SamConfig
 
 _DATA = "folder of <domain>/{train,valid,test}.*, a datasets name, or 'embedded'"
 
@@ -42,22 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+_SAM_CONFIG = {
+    "num_experts": ("--experts", "experts a layer; must divide its neurons"),
+    "top_k": ("--active", "experts a token visits, roots included"),
+    "roots": ("--roots", "experts that every token visits"),
+    "features": ("--features", "cluster neurons by weights, activations or output"),
+    "regroups": ("--regroups", "rounds of regrouping neurons for the routes after it"),
+    "router": ("--router", "what the gate reads: " + ", ".join(ROUTERS)),
+    "router_rank": ("--router-rank", "of the routers low_rank and mlp"),
+    "routing": ("--routing", "visit --active on average, as scores want it: threshold; always as many: top_k"),
+    "standin": ("--standin", "for experts not visited: none, mean or linear"),
+    "standin_rank": ("--standin-rank", "of the linear stand-ins"),
+    "allocation": ("--allocation", "visit --active in every layer: uniform; on average over them: sensitivity"),
+    "density": ("--density", "share of the possible edges in the graph"),
+    "seed": ("--seed", "of all that is drawn"),
+}
+"""Field of SamConfig: its flag, and what it means."""
+
+
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or hub id of a dense causal language model")
     parser.add_argument("out", help="folder to write; it must not exist, or be empty")
     parser.add_argument("--calibration", metavar="DATA", required=True, help=_DATA + "; its train text is read")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text, evenly over the domains")
-    parser.add_argument("--experts", type=int, default=16, help="num_experts: must divide the neurons of a layer")
-    parser.add_argument("--active", type=int, default=12, help="top_k: experts a token visits, roots included")
-    parser.add_argument("--roots", type=int, default=2, help="experts that every token visits")
-    parser.add_argument("--features", default="weights", help="cluster by: weights, activations or output")
-    parser.add_argument("--standin", default="linear", help="for experts not visited: none, mean or linear")
-    parser.add_argument("--standin-rank", type=int, default=16, help="of the linear stand-ins")
-    parser.add_argument("--allocation", default="sensitivity",
-                        help="visit --active in every layer: uniform; on average: sensitivity")  # fmt: skip
-    parser.add_argument("--density", type=float, default=0.5, help="share of the possible edges in the graph")
+    for field, (flag, text) in _SAM_CONFIG.items():
+        default = getattr(SamConfig, field)
+        parser.add_argument(flag, dest=field, type=type(default), default=default, help=f"{text} (default {default})")
+    parser.add_argument("--distill", metavar="STEPS", type=int, default=0,
+                        help="of training the stand-ins towards the dense model after it")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where the model is while it is converted, such as cuda")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:

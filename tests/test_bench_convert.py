@@ -81,17 +81,30 @@ def test_no_more_flops_than_the_share_and_one_expert_more_is_too_many(name: str,
         assert (counted <= share * dense) == fits
 
 
-def test_ours_counts_what_a_conversion_visits(tiny_llama) -> None:
+@pytest.mark.parametrize("routing", ["top_k", "threshold"])
+def test_ours_counts_what_the_text_visits(tiny_llama, routing: str) -> None:
     model = tiny_llama()
     ffns = find_ffns(model)
     for share in (0.9, 0.6):
-        cell = Cell(method="sam:standin=mean", experts=8, share=share, seed=0)
-        k = active_of(cell, ffns)[0]
-        config = SamConfig(num_experts=8, top_k=k + 1, standin="mean")
-        assert sam_share(config, ffns, [k, k]) <= share < sam_share(config, ffns, [k + 1] * 2)
+        cell = Cell(method=f"sam:standin=mean:routing={routing}", experts=8, share=share, seed=0)
+        most = active_of(cell, ffns)
+        config = SamConfig(num_experts=8, top_k=int(most[0]), standin="mean")
+        assert sam_share(config, ffns, most) <= share < sam_share(config, ffns, [most[0] + 0.5, most[1] + 0.5])
         found = measure(cell, model, ids(64), {"text": ids(4, seed=2)})
-        assert found["flops"] == pytest.approx(sam_share(config, ffns, found["k"])) and found["flops"] <= share
-        assert 0 < found["mass"] < 1 and found["active"] == pytest.approx(np.mean(found["k"]) / 8)
+        assert found["flops"] <= share and 0 < found["mass"] < 1
+        assert found["flops"] == pytest.approx(sam_share(config, ffns, [8 * found["active"]] * 2))
+        if routing == "top_k":
+            assert sum(found["k"]) == round(sum(most)) and found["active"] == pytest.approx(np.mean(found["k"]) / 8)
+
+
+def test_a_cell_may_ask_for_distillation(tiny_llama) -> None:
+    """What it does for quality is told by test_distill.py: to a random model's perplexity, nothing."""
+    model, text = tiny_llama(), {"text": ids(8, seed=2)}
+    methods = ("", ":distill=2", ":distill=2:distill_lora=2")
+    cells = [Cell(method=f"sam:standin_rank=4{rest}", experts=8, share=0.6, seed=0) for rest in methods]
+    assert len({measure(cell, model, ids(64), text)["perplexity"] for cell in cells}) == 3
+    with pytest.raises(InputError, match="distill must be of type int"):
+        settings_of("sam:distill=long")
 
 
 def test_a_share_that_leaves_nothing_is_refused(tiny_llama) -> None:
@@ -247,9 +260,9 @@ def test_finished_cells_are_read_back_and_the_table_has_all_methods(
 
     asked: list[str] = []
 
-    def count(cell: Cell, *args: Any) -> dict[str, Any]:
+    def count(cell: Cell, *args: Any, **more: Any) -> dict[str, Any]:
         asked.append(cell.method)
-        return measure(cell, *args)
+        return measure(cell, *args, **more)
 
     monkeypatch.setattr(bench_convert, "measure", count)
     ours = "sam:standin=mean"

@@ -49,19 +49,32 @@ def test_every_layer_is_summed_up_and_an_empty_folder_is_taken(tiny, tmp_path, c
     assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL) == 0
     *layers, last = capsys.readouterr().out.splitlines()[-3:]
     for index, line in enumerate(layers):
-        assert line.startswith(f"layer {index}: model.layers.{index}.mlp: 8 experts of 8 neurons, 2 roots, ")
-        assert "14 edges" in line
+        assert line.startswith(f"layer {index}: model.layers.{index}.mlp: 8 experts of 8 neurons, 1 root, ")
+        assert "28 edges" in line
     assert "2 layers" in last and last.endswith(" s")
     # All three domains are read, and each gives the same share.
     assert 500 <= int(last.split(" tokens")[0].split()[-1]) <= 520
 
 
 def test_a_budget_a_layer_and_another_density(tiny, tmp_path):
-    flags = ("--allocation", "uniform", "--density", "1", "--device", "cpu")
+    flags = ("--allocation", "uniform", "--density", "0.5", "--device", "cpu")
     assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, *flags) == 0
     model = from_pretrained(tmp_path / "out")
     assert model.sam_config.allocation == "uniform" and [layer.top_k for layer in model.sam_layers] == [4, 4]
-    assert model.graph().sum(dim=(1, 2)).tolist() == [27, 27]
+    assert model.graph().sum(dim=(1, 2)).tolist() == [14, 14]
+
+
+def test_a_distilled_folder_is_still_the_dense_model_when_all_are_visited(tiny, tmp_path):
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "3") == 0
+    ids = torch.arange(3, 35)[None]
+    plain, model = AutoModelForCausalLM.from_pretrained(tiny.model), from_pretrained(tmp_path / "out")
+    with torch.no_grad(), model.active(8):
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_less_than_one_step_of_distillation_is_refused(tiny, tmp_path, capsys):
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "-1") == 2
+    assert "steps of a distillation must be at least 1, got -1" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -25,12 +24,13 @@ from sam_ds.evaluation.nll import token_nll
 from sam_ds.experts.calibrate import hidden_of
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.distill import DistillConfig, distill
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.surgery import FFN, find_ffns
-from sam_ds.graph.route import route
 
 SAM = "sam"
 _SET_BY_CELL = ("num_experts", "top_k", "seed")
+_DISTILL, _LORA = "distill", "distill_lora"
 _BATCH = 8
 """Rows of test text at once."""
 
@@ -50,13 +50,15 @@ class Cell:
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """The SamConfig fields named behind `sam`; {} for a baseline. Raises InputError for a name or value unknown."""
+    """The SamConfig fields named behind `sam`, and the steps of a distillation and the rank of its update; {} for a
+    baseline. Raises InputError for a name or value unknown."""
     name, *pairs = method.split(":")
     if name != SAM and (name not in BASELINES or pairs):
         known = (SAM, *BASELINES)
         raise InputError(f"--methods has {method!r}{nearest(name, known)}; choose of {', '.join(known)}; only {SAM} "
                          f"takes settings, as in {SAM}:standin=mean")  # fmt: skip
     defaults = {field.name: field.default for field in fields(SamConfig) if field.name not in _SET_BY_CELL}
+    defaults |= {_DISTILL: 0, _LORA: 0}
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
@@ -71,25 +73,30 @@ def settings_of(method: str) -> dict[str, Any]:
     return settings
 
 
-def active_of(cell: Cell, ffns: Sequence[FFN]) -> list[int]:
-    """k of every layer: the most whose counted FLOPs fit the share. Raises InputError where none does."""
+def active_of(cell: Cell, ffns: Sequence[FFN]) -> list[float]:
+    """k of every layer: the most whose counted FLOPs fit the share, ours in steps of one expert in one layer.
+
+    Raises InputError where none does.
+    """
     if not cell.ours:
-        return largest_k(BASELINES[cell.method], ffns, num_experts=cell.experts or 0, share=cell.share)
-    for k in range(cell.experts or 0, 0, -1):
-        config = _config(cell, k)
-        if config is not None and sam_share(config, ffns, [k] * len(ffns)) <= cell.share:
-            return [k] * len(ffns)
-    raise InputError(f"share = {cell.share} is too small for {cell.method} with {cell.experts} experts: not even the "
-                     "roots fit; give a larger share")  # fmt: skip
+        return list(largest_k(BASELINES[cell.method], ffns, num_experts=cell.experts or 0, share=cell.share))
+    config = _config(cell, cell.experts or 0)
+    gate, whole = (sam_share(config, ffns, [k] * len(ffns)) for k in (0, config.num_experts))
+    k = int(len(ffns) * config.num_experts * (cell.share - gate) / whole) / len(ffns)
+    # All of them need no gate.
+    k = float(config.num_experts) if whole <= cell.share else k
+    if k < config.roots:
+        raise InputError(f"share = {cell.share} is too small for {cell.method} with {cell.experts} experts: not even "
+                         "the roots fit; give a larger share")  # fmt: skip
+    return [k] * len(ffns)
 
 
-def sam_share(config: SamConfig, ffns: Sequence[FFN], k: Sequence[int]) -> float:
+def sam_share(config: SamConfig, ffns: Sequence[FFN], k: Sequence[float]) -> float:
     """Our counted FLOPs over the dense FFNs', all layers together."""
 
-    def flops(ffn: FFN, active: int) -> float:
+    def flops(ffn: FFN, active: float) -> float:
         return ffn_flops(
-            hidden=ffn.hidden, neurons=ffn.neurons, num_experts=config.num_experts, active=active,
-            gated=ffn.gate is not None, roots=config.roots, standin_rank=config.standin_rank, standin=config.standin,
+            config, hidden=ffn.hidden, neurons=ffn.neurons, gated=ffn.gate is not None, active=active
         )  # fmt: skip
 
     counted = sum(flops(ffn, active) for ffn, active in zip(ffns, k, strict=True))
@@ -106,30 +113,51 @@ def baseline_share(method: str, layers: Sequence[MaskedFFN]) -> float:
 
 
 def measure(
-    cell: Cell, model: PreTrainedModel, calibration_BS: Tensor, test: Mapping[str, Tensor]
-) -> dict[str, Any]:
+    cell: Cell, model: PreTrainedModel, calibration_BS: Tensor, test: Mapping[str, Tensor], *,
+    distill_BS: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Convert a copy of the model and read the test text with it: perplexity, counted share of the FLOPs, k of every
     layer, share of the experts visited, and `mass`, the mean over layers and tokens of the share of
-    sum_i h_i^2 ||w_i||^2 that the visited neurons i have, w_i their rows of the down projection."""
+    sum_i h_i^2 ||w_i||^2 that the visited neurons i have, w_i their rows of the down projection.
+
+    `distill_BS`: text for a cell that asks for distillation, that of the calibration if not given.
+    Where tokens visit as many experts as their scores want, what is counted is what the test text visits, and k is
+    lowered until that fits the share.
+    """
+    ffns = find_ffns(model)
+    most = active_of(cell, ffns)
+    converted = copy.deepcopy(model)
     if cell.ours:
-        converted, flops = _convert_ours(cell, model, calibration_BS)
+        config = _config(cell, int(most[0]))
+        converted = get_sam_model(converted, config, calibration=calibration_BS, progress=False)
+        settings = settings_of(cell.method)
+        if settings.get(_DISTILL):
+            distillation = DistillConfig(
+                steps=settings[_DISTILL], lora_rank=settings.get(_LORA, 0), seed=cell.seed
+            )  # fmt: skip
+            distill(converted, calibration_BS if distill_BS is None else distill_BS, distillation, progress=False)
         layers: list[Any] = converted.sam_layers
-        k, experts, visited = [layer.top_k for layer in layers], [layer.slots for layer in layers], _sam_visited
+        total = round(sum(most))
+        while True:
+            with converted.active(total / len(ffns)):
+                scores, watched = _read(converted, layers, _sam_visited, test)
+                k = [layer.top_k for layer in layers]
+            flops = sam_share(config, ffns, [config.num_experts * own.visited for own in watched])
+            if flops <= cell.share:
+                break
+            total -= max(1, int((flops - cell.share) * config.num_experts * len(ffns)))
     else:
-        converted = copy.deepcopy(model)
+        k = [int(own) for own in most]
         layers = convert(
-            converted, BASELINES[cell.method], calibration_BS, num_experts=cell.experts or 0,
-            k=active_of(cell, find_ffns(model)), seed=cell.seed,
+            converted, BASELINES[cell.method], calibration_BS, num_experts=cell.experts or 0, k=k, seed=cell.seed
         )  # fmt: skip
-        k, experts, visited = [layer.k for layer in layers], [layer.num_experts for layer in layers], MaskedFFN.visited
         flops = baseline_share(cell.method, layers)
+        scores, watched = _read(converted, layers, MaskedFFN.visited, test)
     assert flops <= cell.share + 1e-9, f"{cell} costs {flops} of the dense FFNs' FLOPs"
-    with _watch_mass(layers, visited) as masses:
-        scores = score(converted, test)
     return {
         "perplexity": headline(scores, scores), "flops": flops, "k": k,
-        "active": sum(own / of for own, of in zip(k, experts, strict=True)) / len(k),
-        "mass": sum(total / tokens for total, tokens in masses) / len(masses),
+        "active": sum(own.visited for own in watched) / len(watched),
+        "mass": sum(own.mass for own in watched) / len(watched),
         "domains": {name: own.perplexity for name, own in scores.items()},
     }  # fmt: skip
 
@@ -145,48 +173,46 @@ def score(model: PreTrainedModel, test: Mapping[str, Tensor]) -> dict[str, Domai
     return scores
 
 
-def _config(cell: Cell, k: int) -> SamConfig | None:
-    """None where there are more roots than k."""
-    settings = settings_of(cell.method)
+def _config(cell: Cell, k: int) -> SamConfig:
     assert cell.experts is not None
-    if k < min(settings.get("roots", SamConfig.roots), cell.experts):
-        return None
+    settings = settings_of(cell.method)
+    for name in (_DISTILL, _LORA):
+        settings.pop(name, None)
     return SamConfig(num_experts=cell.experts, top_k=k, seed=cell.seed, **settings)
-
-
-def _convert_ours(cell: Cell, model: PreTrainedModel, calibration_BS: Tensor) -> tuple[Any, float]:
-    ffns = find_ffns(model)
-    k = active_of(cell, ffns)[0]
-    while True:
-        config = _config(cell, k)
-        assert config is not None
-        converted = get_sam_model(copy.deepcopy(model), config, calibration=calibration_BS, progress=False)
-        flops = sam_share(config, ffns, [layer.top_k for layer in converted.sam_layers])
-        if flops <= cell.share:
-            return converted, flops
-        # The layers were given unequal k, and where they are of unequal size that may cost more.
-        k -= 1
 
 
 def _sam_visited(layer: SamFFN, x_Td: Tensor) -> Tensor:
     """(T, m) bool."""
-    if layer.top_k >= layer.slots:
-        return torch.ones(x_Td.shape[0], layer.ffn.neurons, dtype=torch.bool, device=x_Td.device)
-    routing = route(layer.scores(x_Td), layer.sam.adjacency_SS, roots=layer.roots, k=layer.top_k)
-    return routing.visited_TS.repeat_interleave(layer.neurons, dim=1)
+    return layer.visited(x_Td).repeat_interleave(layer.neurons, dim=1)
 
 
-@contextmanager
-def _watch_mass(layers: Sequence[nn.Module], visited: Callable[[Any, Tensor], Tensor]) -> Iterator[list[list[float]]]:
-    """A list for each layer: the sum over tokens of the mass captured, and the tokens, of what runs in the block."""
-    masses = [[0.0, 0.0] for _ in layers]
+@dataclass
+class _Watched:
+    """Of one layer, means over the tokens that have passed it: the share of the neurons visited, and of the mass."""
+
+    visited: float = 0.0
+    mass: float = 0.0
+    tokens: int = 0
+
+    def add(self, layer: Any, x_Td: Tensor, visited_Tm: Tensor) -> None:
+        energy_Tm = hidden_of(layer.ffn, x_Td).square() * layer.ffn.weights()[2].float().square().sum(1)
+        captured_T = (energy_Tm * visited_Tm).sum(1) / energy_Tm.sum(1).clamp(min=1e-30)
+        self.tokens += len(x_Td)
+        part = len(x_Td) / self.tokens
+        self.visited += part * (float(visited_Tm.double().mean()) - self.visited)
+        self.mass += part * (float(captured_T.double().mean()) - self.mass)
+
+
+def _read(
+    model: PreTrainedModel, layers: Sequence[nn.Module], visited: Callable[[Any, Tensor], Tensor],
+    test: Mapping[str, Tensor],
+) -> tuple[dict[str, DomainScore], list[_Watched]]:  # fmt: skip
+    """Scores of the domains, and what every layer did on the way."""
+    watched = [_Watched() for _ in layers]
 
     def watch(index: int, layer: Any, args: tuple[Tensor, ...]) -> None:
         x_Td = args[0].reshape(-1, args[0].shape[-1])
-        energy_Tm = hidden_of(layer.ffn, x_Td).square() * layer.ffn.weights()[2].float().square().sum(1)
-        captured_T = (energy_Tm * visited(layer, x_Td)).sum(1) / energy_Tm.sum(1).clamp(min=1e-30)
-        masses[index][0] += float(captured_T.double().sum())
-        masses[index][1] += len(captured_T)
+        watched[index].add(layer, x_Td, visited(layer, x_Td))
 
     handles = [
         layer.register_forward_pre_hook(lambda module, args, index=index: watch(index, module, args))
@@ -194,7 +220,7 @@ def _watch_mass(layers: Sequence[nn.Module], visited: Callable[[Any, Tensor], Te
     ]
     try:
         with torch.no_grad():
-            yield masses
+            return score(model, test), watched
     finally:
         for handle in handles:
             handle.remove()

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="as many, from --seed on")
     parser.add_argument("--domains", help="all of the data's by default")
     parser.add_argument("--tokens", type=int, default=18432, help="of calibration text, evenly over the domains")
+    parser.add_argument("--distill-tokens", type=int, default=131072, help="of text for sam:distill=STEPS")
     parser.add_argument("--test-rows", type=int, default=8, help="rows of test text a domain")
     parser.add_argument("--window", type=int, default=256, help="tokens a row")
     parser.add_argument("--out", help="JSON lines, a cell a line: cells found there are not measured again")
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for share in shares:
         if not 0 < share <= 1:
             raise InputError(f"--shares must be above 0 and at most 1, which is the dense model, got {share}")
-    for name, low in (("seeds", 1), ("tokens", 1), ("test_rows", 1), ("window", 2)):
+    for name, low in (("seeds", 1), ("tokens", 1), ("distill_tokens", 1), ("test_rows", 1), ("window", 2)):
         if getattr(options, name) < low:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(options, name)}")
     methods = [name.strip() for name in options.methods.split(",")]
@@ -93,11 +94,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for name in domains
         }  # fmt: skip
         dense = headline(score(model, test), domains)
-        rows = max(1, options.tokens // (options.window * len(domains)))
+        rows, more_rows = (
+            max(1, tokens // (options.window * len(domains))) for tokens in (options.tokens, options.distill_tokens)
+        )
         for cell in tqdm(left, desc="convert", unit="cell"):
             start = time.perf_counter()
             calibration_BS = calibration_rows(corpus, domains, tokenizer, rows, options.window, seed=cell.seed)
-            found = measure(cell, model, calibration_BS, test)
+            distill_BS = calibration_rows(corpus, domains, tokenizer, more_rows, options.window, seed=cell.seed)
+            found = measure(cell, model, calibration_BS, test, distill_BS=distill_BS)
             found |= {"ratio": found["perplexity"] / dense, "dense": dense, "seconds": time.perf_counter() - start}
             records[cell] = asdict(cell) | found | {"about": about}
             if options.out is not None:
@@ -161,10 +165,16 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """At each E and share: the lowest of our mean ratios / the lowest of the baselines', those on neurons included."""
+    """At each E and share: the lowest of our mean ratios / the lowest of the baselines', those on neurons included.
+
+    What was distilled is left out: the baselines are not trained either.
+    """
     found = {}
     for experts, share in dict.fromkeys((row["experts"], row["share"]) for row in table):
-        near = [row for row in table if row["share"] == share and row["experts"] in (experts, "neurons")]
+        near = [
+            row for row in table
+            if row["share"] == share and row["experts"] in (experts, "neurons") and ":distill" not in row["method"]
+        ]  # fmt: skip
         ours = [row["ratio"] for row in near if row["method"].split(":")[0] == SAM]
         theirs = [row["ratio"] for row in near if row["method"].split(":")[0] != SAM]
         if ours and theirs:

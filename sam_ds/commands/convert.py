@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,16 +24,14 @@ from sam_ds.evaluation.experts import describe, percent
 from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
+from sam_ds.experts.distill import DistillConfig, distill
 
 
 def run(options: argparse.Namespace) -> int:
     """Raises InputError for what `SamConfig`, `load_corpus` and `get_sam_model` refuse, a model that cannot be read
     or is converted already, a device that there is not, and an OUT that is not empty or cannot be written."""
-    config = SamConfig(
-        num_experts=options.experts, top_k=options.active, roots=options.roots, features=options.features,
-        standin=options.standin, standin_rank=options.standin_rank, allocation=options.allocation,
-        density=options.density, seed=options.seed,
-    )  # fmt: skip
+    config = SamConfig(**{field.name: getattr(options, field.name) for field in fields(SamConfig)})
+    distillation = DistillConfig(steps=options.distill, seed=options.seed) if options.distill else None
     device = _device(options.device)
     if options.tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {options.tokens}")
@@ -51,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     with _complete(Path(options.out)) as folder:
         start = time.perf_counter()
         get_sam_model(model.to(device), config, calibration=ids_BS)
+        if distillation is not None:
+            distill(model, ids_BS, distillation)
         seconds = time.perf_counter() - start
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -45,10 +45,10 @@ def test_a_peer_has_the_gradients_of_the_layer(name: str) -> None:
     layer.top_k = 6
     x_Td = torch.randn(40, 16, requires_grad=True)
     scores_TS = layer.scores(x_Td)
-    routing = route(scores_TS, layer.sam.adjacency_SS, roots=2, k=6)
+    routing = route(scores_TS, layer.sam.adjacency_SS, roots=layer.roots, k=6)
     assert (routing.chosen_TJ[:, 3] < 0).all()
     if name == "deepspeed":
-        peer = DeepSpeedLayer(layer, routing.chosen_TJ)
+        peer = DeepSpeedLayer(layer, routing.chosen_TJ, bench.gated_ffn)
     else:
         peer = TransformersLayer(layer, routing.chosen_TJ, name)
     dy_Td = torch.randn(40, 16)

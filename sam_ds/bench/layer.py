@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         routing = route(layer.scores(x_Td), layer.sam.adjacency_SS, roots=layer.roots, k=k)
         peers: dict[str, nn.Module] = {
             name: TransformersLayer(layer, routing.chosen_TJ, name) for name in TRANSFORMERS
-        } | {"deepspeed": DeepSpeedLayer(layer, routing.chosen_TJ)}
+        } | {"deepspeed": DeepSpeedLayer(layer, routing.chosen_TJ, gated_ffn)}
         with torch.no_grad():
             expected_Td = layer(x_Td) - layer.sam.standins(x_Td, routing.visited_TS.to(dtype))
             for name, peer in peers.items():

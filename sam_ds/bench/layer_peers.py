@@ -8,6 +8,8 @@ Legend: T tokens, E experts, J = k - roots choices, k = roots + J, d hidden, n n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.sharded_moe import MOELayer
@@ -16,7 +18,6 @@ from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from sam_ds.bench.layer import gated_ffn
 from sam_ds.experts.layer import SamFFN
 from sam_ds.graph.route import straight_through
 
@@ -67,9 +68,10 @@ class TransformersLayer(nn.Module):
 
 class DeepSpeedLayer(nn.Module):
     """DeepSpeed's `MOELayer` without expert parallelism, no token dropped, and the roots as one dense FFN beside it:
-    inside it, with every token on them, all experts would be padded to T rows."""
+    inside it, with every token on them, all experts would be padded to T rows. `gated_ffn(hidden, neurons)` makes its
+    FFNs."""
 
-    def __init__(self, layer: SamFFN, chosen_TJ: Tensor) -> None:
+    def __init__(self, layer: SamFFN, chosen_TJ: Tensor, gated_ffn: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         up_dm, gate_dm, down_md = (weight.detach() for weight in layer.matrices())
 

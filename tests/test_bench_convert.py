@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from sam_ds.bench import convert as bench_convert
-from sam_ds.bench.conversion import SAM, Cell, active_of, measure, sam_share, settings_of
+from sam_ds.bench.conversion import SAM, Cell, active_of, distillation_of, measure, sam_share, settings_of
 from sam_ds.cli import main
 from sam_ds.discovery.kmeans import balanced_kmeans
 from sam_ds.errors import InputError
@@ -103,8 +103,12 @@ def test_a_cell_may_ask_for_distillation(tiny_llama) -> None:
     methods = ("", ":distill=2", ":distill=2:distill_lora=2")
     cells = [Cell(method=f"sam:standin_rank=4{rest}", experts=8, share=0.6, seed=0) for rest in methods]
     assert len({measure(cell, model, ids(64), text)["perplexity"] for cell in cells}) == 3
-    with pytest.raises(InputError, match="distill must be of type int"):
-        settings_of("sam:distill=long")
+    for method, words in (
+        ("sam:distill=long", "distill must be of type int"), ("sam:distill=0", "steps .* at least 1"),
+        ("sam:distill_lora=2", "give distill=STEPS too"), ("sam:distill=2:standin=none", "nothing to distill"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            distillation_of(Cell(method=method, experts=8, share=0.6, seed=0))
 
 
 def test_a_share_that_leaves_nothing_is_refused(tiny_llama) -> None:

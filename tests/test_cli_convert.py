@@ -72,7 +72,9 @@ def test_a_distilled_folder_is_still_the_dense_model_when_all_are_visited(tiny, 
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_less_than_one_step_of_distillation_is_refused(tiny, tmp_path, capsys):
+def test_a_distillation_of_nothing_is_refused(tiny, tmp_path, capsys):
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "3", "--standin", "none") == 2
+    assert "nothing to distill" in capsys.readouterr().err
     assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "-1") == 2
     assert "steps of a distillation must be at least 1, got -1" in capsys.readouterr().err
 

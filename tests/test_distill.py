@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from sam_ds.errors import InputError
+from sam_ds.experts import distill as distillation
 from sam_ds.experts.calibrate import layer_inputs
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
@@ -102,12 +103,51 @@ def test_what_goes_wrong_leaves_the_model_as_it_was(model):
     assert all(layer.lora is None and not layer.sam.basis_dq.requires_grad for layer in model.sam_layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_half_precision_learns_too(model, dtype, lora_rank):
+    model = model.to(dtype)
+    losses = distill(model, text(0), DistillConfig(steps=30, lora_rank=lora_rank), progress=False)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert all(layer.sam.core_SQp.dtype == dtype and torch.isfinite(layer.sam.core_SQp).all()
+               for layer in model.sam_layers)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["_loss", "set_thresholds"])
+def test_an_interruption_leaves_the_model_as_it_was(model, monkeypatch, where):
+    before = state(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, text(0), DistillConfig(steps=2, lora_rank=2, gates=True), progress=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_no_gradient_is_needed_before_or_left_behind(model):
+    model.sam_layers[0].sam.wg.grad = torch.ones_like(model.sam_layers[0].sam.wg)
+    with torch.no_grad():
+        distill(model, text(0), DistillConfig(steps=2, gates=True), progress=False)
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert list(left) == [next(name for name in left if name.endswith("sam.wg"))]
+    assert (next(iter(left.values())) == 1).all()
+
+
 def test_bad_input_is_refused(model, tiny_llama):
     for bad, words in ({"steps": 0}, "steps .* at least 1, got 0"), ({"rate": 0.0}, "rate .* got 0.0"):
         with pytest.raises(InputError, match=words):
             DistillConfig(**bad)
     with pytest.raises(InputError, match="not converted"):
         distill(tiny_llama(), text(0), DistillConfig())
+    for bad, words in (
+        (text(0)[:0], "text is empty"), (-text(0), "token id -96"), (text(0) + 97, "vocabulary ends at 96"),
+        ([text(0), text(0)[:, :20]], "unequal lengths"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            distill(model, bad, DistillConfig(), progress=False)
     prepare(model, "lora", rank=2, alpha=2.0, seed=0)
     with pytest.raises(InputError, match="low-rank updates already"):
         distill(model, text(0), DistillConfig())

@@ -53,6 +53,21 @@ def test_a_router_scores_and_routes_as_its_formula_says(dense, router, tmp_path)
 
 @torch.no_grad()
 @pytest.mark.parametrize("router", ROUTERS)
+def test_scores_are_fp32_in_a_model_of_half_precision_and_under_autocast(dense, router):
+    model = convert(dense, router=router)
+    x_Td = torch.randn(9, 32)
+    exact_TE = model.sam_layers[0].scores(x_Td)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores_TE = model.sam_layers[0].scores(x_Td)
+    half_TE = model.to(torch.bfloat16).sam_layers[0].scores(x_Td.bfloat16())
+    assert scores_TE.dtype == half_TE.dtype == torch.float32
+    for ours_TE in (scores_TE, half_TE):
+        assert (ours_TE - exact_TE).norm() < 0.05 * exact_TE.norm()
+    assert torch.isfinite(model(text(1)).logits).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ROUTERS)
 def test_a_threshold_keeps_the_budget_on_the_calibration_text(dense, router):
     model = convert(dense, router=router)
     for layer in model.sam_layers:
@@ -62,6 +77,13 @@ def test_a_threshold_keeps_the_budget_on_the_calibration_text(dense, router):
         # On other text it is near.
         other_Td = layer_inputs(model, layer, [text(2)])
         assert layer.visited(other_Td, 4).float().sum(1).mean() == pytest.approx(4, abs=0.3)
+
+
+@torch.no_grad()
+def test_a_layer_that_may_visit_all_is_not_held_back_by_a_threshold(dense):
+    layer = convert(dense).sam_layers[0]
+    layer.top_k = 8
+    assert layer.routing(layer.scores(torch.randn(50, 32) * 5)).visited_TS.all()
 
 
 @torch.no_grad()

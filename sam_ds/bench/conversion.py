@@ -24,7 +24,7 @@ from sam_ds.evaluation.nll import token_nll
 from sam_ds.experts.calibrate import hidden_of
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
-from sam_ds.experts.distill import DistillConfig, distill
+from sam_ds.experts.distill import DistillConfig, check_distillation, distill
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.surgery import FFN, find_ffns
 
@@ -91,6 +91,18 @@ def active_of(cell: Cell, ffns: Sequence[FFN]) -> list[float]:
     return [k] * len(ffns)
 
 
+def distillation_of(cell: Cell) -> DistillConfig | None:
+    """What the cell's method says of it. Raises InputError where it makes no sense."""
+    settings = settings_of(cell.method)
+    if _DISTILL not in settings:
+        if _LORA in settings:
+            raise InputError(f"--methods has {cell.method!r}: {_LORA} is of a distillation; give {_DISTILL}=STEPS too")
+        return None
+    config = DistillConfig(steps=settings[_DISTILL], lora_rank=settings.get(_LORA, 0), seed=cell.seed)
+    check_distillation(config, settings.get("standin", SamConfig.standin))
+    return config
+
+
 def sam_share(config: SamConfig, ffns: Sequence[FFN], k: Sequence[float]) -> float:
     """Our counted FLOPs over the dense FFNs', all layers together."""
 
@@ -130,11 +142,8 @@ def measure(
     if cell.ours:
         config = _config(cell, int(most[0]))
         converted = get_sam_model(converted, config, calibration=calibration_BS, progress=False)
-        settings = settings_of(cell.method)
-        if settings.get(_DISTILL):
-            distillation = DistillConfig(
-                steps=settings[_DISTILL], lora_rank=settings.get(_LORA, 0), seed=cell.seed
-            )  # fmt: skip
+        distillation = distillation_of(cell)
+        if distillation is not None:
             distill(converted, calibration_BS if distill_BS is None else distill_BS, distillation, progress=False)
         layers: list[Any] = converted.sam_layers
         total = round(sum(most))
@@ -143,9 +152,13 @@ def measure(
                 scores, watched = _read(converted, layers, _sam_visited, test)
                 k = [layer.top_k for layer in layers]
             flops = sam_share(config, ffns, [config.num_experts * own.visited for own in watched])
-            if flops <= cell.share:
+            if flops <= cell.share + 1e-9:
                 break
-            total -= max(1, int((flops - cell.share) * config.num_experts * len(ffns)))
+            least = config.roots * len(ffns)
+            if total == least:
+                raise InputError(f"share = {cell.share} is too small for {cell.method}: the roots alone take "
+                                 f"{flops:.3f} of the dense FFNs' FLOPs; give a larger share")  # fmt: skip
+            total = max(least, total - max(1, int((flops - cell.share) * config.num_experts * len(ffns))))
     else:
         k = [int(own) for own in most]
         layers = convert(

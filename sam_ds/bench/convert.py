@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sam_ds.bench.conversion import SAM, Cell, active_of, measure, score, settings_of
+from sam_ds.bench.conversion import SAM, Cell, active_of, distillation_of, measure, score, settings_of
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.discovery.kmeans import check_divides
@@ -71,7 +71,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": Path(options.model).name, "text": corpus.fingerprint, "domains": domains, "tokens": options.tokens,
         "test_rows": options.test_rows, "window": options.window,
     }  # fmt: skip
-    records = read_records(options.out, about)
+
+    def about_of(cell: Cell) -> dict[str, Any]:
+        return about | ({"distill_tokens": options.distill_tokens} if distillation_of(cell) else {})
+
+    records = read_records(options.out, about_of)
     seeds = range(options.seed, options.seed + options.seeds)
     cells = list(dict.fromkeys(
         Cell(method=method, experts=None if _per_neuron(method) else e, share=share, seed=seed)
@@ -84,7 +88,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for ffn in ffns:
             check_divides(ffn.neurons, e)
     for cell in cells:
-        active_of(cell, ffns)  # a share that leaves nothing is refused before the first cell is measured
+        # What makes no sense is refused before the first cell is measured.
+        active_of(cell, ffns)
+        distillation_of(cell)
     left = [cell for cell in cells if options.again or cell not in records]
     if left:
         test = {
@@ -100,10 +106,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for cell in tqdm(left, desc="convert", unit="cell"):
             start = time.perf_counter()
             calibration_BS = calibration_rows(corpus, domains, tokenizer, rows, options.window, seed=cell.seed)
-            distill_BS = calibration_rows(corpus, domains, tokenizer, more_rows, options.window, seed=cell.seed)
+            distill_BS = None
+            if distillation_of(cell) is not None:
+                distill_BS = calibration_rows(corpus, domains, tokenizer, more_rows, options.window, seed=cell.seed)
             found = measure(cell, model, calibration_BS, test, distill_BS=distill_BS)
             found |= {"ratio": found["perplexity"] / dense, "dense": dense, "seconds": time.perf_counter() - start}
-            records[cell] = asdict(cell) | found | {"about": about}
+            records[cell] = asdict(cell) | found | {"about": about_of(cell)}
             if options.out is not None:
                 with Path(options.out).open("a") as lines:
                     lines.write(json.dumps(records[cell]) + "\n")
@@ -129,7 +137,7 @@ def calibration_rows(
     return torch.from_numpy(rng.permutation(np.concatenate(found)))
 
 
-def read_records(out: str | None, about: Mapping[str, Any]) -> dict[Cell, dict[str, Any]]:
+def read_records(out: str | None, about_of: Callable[[Cell], Mapping[str, Any]]) -> dict[Cell, dict[str, Any]]:
     """The cells of this model and text that the file has, the last line of each. A file that is not there has none;
     raises InputError for a line that is no cell."""
     if out is None or not Path(out).exists():
@@ -139,7 +147,7 @@ def read_records(out: str | None, about: Mapping[str, Any]) -> dict[Cell, dict[s
         try:
             record = json.loads(line)
             cell = Cell(**{field.name: record[field.name] for field in fields(Cell)})
-            same = record["about"] == about
+            same = record["about"] == about_of(cell)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"--out {out}, line {number} is not a cell of this benchmark: remove the line, or give "
                              "another file") from error  # fmt: skip

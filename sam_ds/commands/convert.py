@@ -24,7 +24,7 @@ from sam_ds.evaluation.experts import describe, percent
 from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
-from sam_ds.experts.distill import DistillConfig, distill
+from sam_ds.experts.distill import DistillConfig, check_distillation, distill
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
     or is converted already, a device that there is not, and an OUT that is not empty or cannot be written."""
     config = SamConfig(**{field.name: getattr(options, field.name) for field in fields(SamConfig)})
     distillation = DistillConfig(steps=options.distill, seed=options.seed) if options.distill else None
+    if distillation is not None:
+        check_distillation(distillation, config.standin)
     device = _device(options.device)
     if options.tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {options.tokens}")

@@ -10,11 +10,12 @@ Legend: B sequences, T tokens, E experts, m neurons, n = m / E, d hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from sam_ds.discovery.features import activation_features, order_by_usage, output_features, weight_features
 from sam_ds.discovery.kmeans import balanced_kmeans, permutation
@@ -38,6 +39,20 @@ _BATCH = 16
 
 class _Reached(Exception):
     """The layer's input is known; the rest of the model need not run."""
+
+
+def check_text(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    """Raise InputError for no text at all and for token ids that the model has not."""
+    if not any(ids_BS.numel() for ids_BS in batches):
+        raise InputError("the calibration text is empty: give rows of token ids")
+    lowest = min(int(ids_BS.min()) for ids_BS in batches if ids_BS.numel())
+    if lowest < 0:
+        raise InputError(f"calibration has token id {lowest}; give input ids, not labels with a padding mark")
+    largest = max(int(ids_BS.max()) for ids_BS in batches if ids_BS.numel())
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+                         "is it the model's own tokenizer?")  # fmt: skip
 
 
 def evenly(batches: list[Tensor], tokens: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sam_ds.errors import InputError
 from sam_ds.experts.allocation import lost_curves
-from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, discover, layer_inputs
+from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, check_text, discover, layer_inputs
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.model import SamMixin, inject_layers, wrap_ffns
 from sam_ds.experts.surgery import find_ffns, permute_neurons
@@ -56,14 +56,7 @@ def get_sam_model(
     needed = 4 * config.num_experts * (config.standin_shape(ffns[0].hidden)[0] + 1)
     if tokens < needed:
         raise InputError(f"calibration has {tokens} tokens; fitting {config.num_experts} experts needs {needed}")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    for token in (int(ids.min()) for ids in batches):
-        if token < 0:
-            raise InputError(f"calibration has token id {token}; give input ids, not labels with a padding mark")
-    largest = max(int(ids.max()) for ids in batches)
-    if largest >= vocabulary:
-        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
-                         "is it the model's own tokenizer?")  # fmt: skip
+    check_text(model, batches)
     # One NaN would spread over a fit, and no forward pass says which weight it came from.
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

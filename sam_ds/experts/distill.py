@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sam_ds.errors import InputError
-from sam_ds.experts.calibrate import layer_inputs, set_thresholds
+from sam_ds.experts.calibrate import check_text, layer_inputs, set_thresholds
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.surgery import FFN
@@ -53,35 +53,48 @@ class DistillConfig:
             raise InputError(f"rate of a distillation must be positive and finite, got {self.rate}")
 
 
+def check_distillation(config: DistillConfig, standin: str) -> None:
+    """Raise InputError where nothing would train."""
+    if standin == "none" and not config.gates and not config.lora_rank:
+        raise InputError("nothing to distill: standin is 'none', and neither gates nor lora_rank is set")
+
+
 def distill(
     model: PreTrainedModel, text: Tensor | Iterable[Tensor], config: DistillConfig, *, progress: bool = True
 ) -> list[float]:
     """Train a converted model in place; returns the loss of every step, in nats a token.
 
-    `text`: token ids, (B, S) or an iterable of such. Thresholds are found anew for the layers' new inputs.
-    Raises InputError for a model that is not converted or bears low-rank updates already, has no stand-ins where
-    nothing else trains, and for a loss that is not finite; the model is as it was then.
+    `text`: token ids, (B, S) or an iterable of such, rows of one length. Thresholds are found anew for the layers' new
+    inputs. Raises InputError for a model that is not converted or bears low-rank updates already, where nothing would
+    train, for text of no or unequal rows or with ids the model has not, and for a loss that is not finite. Whatever
+    goes wrong, the model is left as it was.
     """
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first")
     layers = model.sam_layers
     if any(layer.lora is not None for layer in layers):
         raise InputError("model has low-rank updates already; call fold_lora() or unload() before distilling")
-    if model.sam_config.standin == "none" and not config.gates and not config.lora_rank:
-        raise InputError("nothing to distill: the model has no stand-ins, and neither gates nor lora_rank is set")
+    check_distillation(config, model.sam_config.standin)
     batches = [text] if isinstance(text, Tensor) else list(text)
-    rows = [row_S for ids_BS in batches for row_S in ids_BS]
+    check_text(model, batches)
+    if len({ids_BS.shape[1] for ids_BS in batches}) > 1:
+        raise InputError("the rows of the text have unequal lengths; pack them to one length")
     before = {name: value.clone() for name, value in model.state_dict().items() if ".sam." in name}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    state = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     training = model.training
     model.eval()
     try:
         model.requires_grad_(False)
-        losses = _train(model, rows, config, progress)
-        model.fold_lora(safe=True)
+        for parameter in state:
+            parameter.grad = None
+        with torch.enable_grad():
+            losses = _train(model, torch.cat(batches), config, progress)
         with torch.no_grad():
             for layer in layers:
-                set_thresholds(layer, layer.scores(layer_inputs(model, layer, batches)))
+                if layer.by_threshold:
+                    set_thresholds(layer, layer.scores(layer_inputs(model, layer, batches)))
+        # Last: what it changes is not kept.
+        model.fold_lora(safe=True)
     except BaseException:
         model.load_state_dict(before, strict=False)
         raise
@@ -90,26 +103,35 @@ def distill(
             layer.lora = None
             for name in (*_STANDINS, "core_all_Qp"):
                 setattr(layer.sam, name, getattr(layer.sam, name).detach())
-        for parameter, wants in wanted.items():
+        for parameter, (wants, gradient) in state.items():
             parameter.requires_grad_(wants)
+            parameter.grad = gradient
         model.train(training)
     return losses
 
 
-def _train(model: PreTrainedModel, rows: list[Tensor], config: DistillConfig, progress: bool) -> list[float]:
+def _train(model: PreTrainedModel, text_BS: Tensor, config: DistillConfig, progress: bool) -> list[float]:
     assert isinstance(model, SamMixin)
     device = next(model.parameters()).device
+    trained: list[Tensor] = []
     groups = []
+
+    def train(value: Tensor, rate: float) -> None:
+        trained.append(value.requires_grad_())
+        # In fp32 whatever the model's precision: half precision loses small steps and the squares of Adam.
+        groups.append({"params": [value.detach().float().clone()], "lr": rate})
+
     for index, layer in enumerate(model.sam_layers):
-        trained = [getattr(layer.sam, name) for name in _STANDINS if getattr(layer.sam, name).numel()]
-        trained += [layer.sam.wg] if config.gates else []
+        values = [getattr(layer.sam, name) for name in _STANDINS] + ([layer.sam.wg] if config.gates else [])
+        for value in values:
+            if value.numel():
+                train(value, config.rate * float(value.detach().float().square().mean().sqrt()))
         if config.lora_rank:
-            layer.lora = _update(layer.ffn, config, index).to(device)
-            # A zero factor has no scale of its own.
-            groups.append({"params": list(layer.lora.parameters()), "lr": 0.1 * config.rate})
-        for value in trained:
-            scale = float(value.detach().float().square().mean().sqrt())
-            groups.append({"params": [value.requires_grad_()], "lr": config.rate * scale})
+            layer.lora = _update(layer.ffn, config, index).to(layer.matrices()[0])
+            for value in layer.lora.parameters():
+                # Factors that start at zero have no scale of their own.
+                train(value, 0.1 * config.rate)
+    masters = [group["params"][0] for group in groups]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -120,20 +142,23 @@ def _train(model: PreTrainedModel, rows: list[Tensor], config: DistillConfig, pr
     losses: list[float] = []
     for step in (bar := tqdm(range(config.steps), desc="distill", unit="step", disable=not progress)):
         while len(order) < config.rows:
-            order += torch.randperm(len(rows), generator=generator).tolist()
+            order += torch.randperm(len(text_BS), generator=generator).tolist()
         drawn, order = order[: config.rows], order[config.rows :]
-        ids_BS = nn.utils.rnn.pad_sequence([rows[i] for i in drawn], batch_first=True).to(device)
-        loss = _loss(model, ids_BS)
+        loss = _loss(model, text_BS[drawn].to(device))
         if not torch.isfinite(loss):
             raise InputError(f"the distillation diverged at step {step}: give a lower rate than {config.rate}")
-        optimizer.zero_grad()
         loss.backward()
         for layer in model.sam_layers:
             if layer.sam.core_SQp.grad is not None:
                 # Roots have no stand-in.
                 layer.sam.core_SQp.grad[: layer.roots] = 0
+        for value, master in zip(trained, masters, strict=True):
+            master.grad, value.grad = None if value.grad is None else value.grad.float(), None
         optimizer.step()
         schedule.step()
+        with torch.no_grad():
+            for value, master in zip(trained, masters, strict=True):
+                value.copy_(master)
         losses.append(float(loss.detach()))
         bar.set_postfix(kl=f"{losses[-1]:.4f}")
     for layer in model.sam_layers:

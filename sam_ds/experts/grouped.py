@@ -79,9 +79,11 @@ def into(
         return list(zip(out[::2], out[1::2], strict=True))
     x_Pd = x_Td.index_select(0, pairs.token_P)
     experts_Sdn = [weight_dm.unflatten(1, (-1, pairs.neurons)).transpose(0, 1) for weight_dm in weights_dm]
+    if torch.is_grad_enabled() or not products_Tr:
+        products_Tr = [x_Td @ weight_dm[:, :r] for weight_dm in weights_dm]
     return [
-        (x_Td @ weight_dm[:, :r], grouped_mm(x_Pd, weight_Sdn, offs=pairs.ends_S))
-        for weight_dm, weight_Sdn in zip(weights_dm, experts_Sdn, strict=True)
+        (known_Tr, grouped_mm(x_Pd, weight_Sdn, offs=pairs.ends_S))
+        for known_Tr, weight_Sdn in zip(products_Tr, experts_Sdn, strict=True)
     ]
 
 

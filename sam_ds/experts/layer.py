@@ -156,14 +156,17 @@ class SamFFN(nn.Module):
 
     def scores(self, x_Td: Tensor, products_Tr: Sequence[Tensor] | None = None) -> Tensor:
         """(T, S) gate scores, fp32; `products_Tr` as of `_root_products`, computed here if not given."""
-        return F.linear(self.gate_features(x_Td, products_Tr), self.sam.wg.float())
+        features_TF = self.gate_features(x_Td, products_Tr)
+        with torch.autocast(x_Td.device.type, enabled=False):
+            return F.linear(features_TF, self.sam.wg.float())
 
     @torch.no_grad()
     def gate_features(self, x_Td: Tensor, products_Tr: Sequence[Tensor] | None = None) -> Tensor:
         """(T, F) what the gate's rows are multiplied with. No gradient: the gate must not bend what experts see."""
         products_Tr = self._root_products(x_Td) if products_Tr is None else products_Tr
         hidden_Tr = self._complete(x_Td.to(products_Tr[0].dtype), products_Tr, self.roots) if products_Tr else None
-        return self.sam.phi(x_Td, hidden_Tr, self.activation)
+        with torch.autocast(x_Td.device.type, enabled=False):
+            return self.sam.phi(x_Td, hidden_Tr, self.activation)
 
     @torch.no_grad()
     def _root_products(self, x_Td: Tensor) -> list[Tensor]:
@@ -210,7 +213,7 @@ class SamFFN(nn.Module):
     def routing(self, scores_TS: Tensor) -> Routing:
         """The same visits, with the order and the edges that led to each."""
         threshold, k = None, self.top_k
-        if self.by_threshold:
+        if self.by_threshold and k < self.slots:
             threshold, k = self.sam.threshold_K[k], self.slots
         return route(scores_TS, self.sam.adjacency_SS, roots=self.roots, k=k, threshold=threshold)
 

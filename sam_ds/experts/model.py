@@ -66,6 +66,8 @@ class SamMixin:
     def set_graph(self, mask_LEE: Tensor) -> None:
         """Route over this graph. A layer that holds only some experts gets the paths among those (design 5).
 
+        Thresholds stay as they are: with fewer edges, tokens visit fewer experts than the budget.
+
         Raises InputError if the mask is not of this model's layers and experts, or a layer's is not strictly upper
         triangular or leaves an expert unreachable; before anything is changed.
         """

@@ -2,7 +2,7 @@
 
     score_e(x) = w_e . phi(x)
 
-The rows w_e train, travel and are sliced with their experts; phi is of the layer and stays as it was fitted:
+The rows w_e train, travel and are sliced with their experts; what phi is made of belongs to the layer and does not:
 
     linear          [x, 1], w by ridge regression of the mass lost: ||f_e(x) - mu_e||
     roots           [x, |h|, 1], h what the roots' neurons put out, which every token computes anyway; w likewise
@@ -62,7 +62,8 @@ class Features(nn.Module):
         if self.router == "roots":
             assert root_Tr is not None
             return torch.cat([x_Td, root_Tr.float().abs(), one_T1], dim=1)
-        inner_TI = x_Td @ self.inner_dI + self.inner_I
+        # Cast with the model where that is cast to half.
+        inner_TI = x_Td @ self.inner_dI.float() + self.inner_I.float()
         if self.router == "low_rank":
             return torch.cat([inner_TI, one_T1], dim=1)
         if self.router == "mlp":

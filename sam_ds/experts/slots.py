@@ -22,8 +22,8 @@ from sam_ds.experts.units import Field
 
 
 def to_slots(model: PreTrainedModel, slots: int) -> None:
-    """Shrink every layer, in place, to `slots` experts, of which a token visits as many as before or all. Contents
-    are undefined until `hold_experts` and the weights' loading."""
+    """Shrink every layer, in place, to `slots` experts, of which a token visits as many as before or all; by threshold,
+    those that score as much as before. Contents are undefined until `hold_experts` and the weights' loading."""
     assert isinstance(model, SamMixin)
     for layer in model.sam_layers:
         if slots < layer.num_experts:

@@ -96,7 +96,7 @@ def discover(
     """Find the experts among the FFN's neurons; returns the order (m,) that puts them in place, most used first.
 
     The roots, which every token visits, are the neurons whose output varies most (CMoE's shared experts, 2502.04416,
-    there by rate): what a constant cannot stand in for.
+    there by rate): what a constant cannot stand in for. `regroups` and `top_k` are for `discovery.regroup`.
     """
     up_dm, gate_dm, down_md = ffn.weights()
     hidden_Tm = hidden_of(ffn, x_Td)

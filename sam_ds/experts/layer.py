@@ -9,7 +9,8 @@ so all experts visited is exactly the dense layer. The roots are always visited,
 the layer holds only some experts: its *slots*, in ascending order of expert id, roots first; the others are known by
 the sum of their stand-ins.
 
-Legend: T tokens, S slots (= E experts where all are held), J = k - roots choices, P = T J pairs, n neurons an expert,
+Legend: T tokens, S slots (= E experts where all are held), J decisions, P pairs of a token and an expert beside the
+roots, n neurons an expert,
 m = S n, r neurons of all the roots, d hidden, q and p input and output rank of the stand-ins, Q = q + 1, R LoRA rank.
 """
 

@@ -70,6 +70,19 @@ def tiny_gpt2() -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def sharp(request: pytest.FixtureRequest, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]) -> Any:
+    """A model whose FFN weights are ten times the usual: neurons that are on and off, as in a trained one."""
+    model = tiny_llama() if request.param == "llama" else tiny_gpt2()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name and parameter.dim() == 2:
+                parameter.mul_(10)
+            if name.endswith(".c_fc.bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny corpus, dense model and converted model on disk: `in_process.Tiny`."""

@@ -109,6 +109,17 @@ def graphs(draw: st.DrawFn, max_experts: int = 9) -> tuple[np.ndarray, int]:
 
 # experts
 
+@torch.no_grad()
+def layer_input(model, module, batches):
+    """(T, d) what `module` is given as the text runs through the whole model."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).float()))
+    for ids_BS in batches:
+        model(input_ids=ids_BS)
+    handle.remove()
+    return torch.cat(seen)
+
+
 def updated_matrices(layer):
     """Up, gate and down with the low-rank updates."""
     up_dm, gate_dm, down_md = layer.matrices()

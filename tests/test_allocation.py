@@ -5,14 +5,15 @@ import itertools
 
 import pytest
 import torch
-from reference import expert_output
+from reference import expert_output, layer_input
 from torch.nn import functional as F
 
 from sam_ds.experts.allocation import allocate, lost_by_budget, output_fisher
-from sam_ds.experts.calibrate import evenly, hidden_of, layer_inputs
+from sam_ds.experts.calibrate import hidden_of
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.inputs import evenly
 from sam_ds.experts.surgery import find_ffns
 
 
@@ -29,7 +30,7 @@ def test_fisher_is_the_outer_product_of_the_gradients(dense):
     """Row by row with the labels that are drawn, and a gradient taken with respect to an added zero."""
     ffns = find_ffns(dense)
     ids_BS = text(rows=3)
-    ours = output_fisher(dense, [ffn.exit for ffn in ffns], [ids_BS], seed=5)
+    ours = output_fisher(dense, ffns, [ids_BS], seed=5)
     logits = dense(input_ids=ids_BS).logits.detach().flatten(0, 1)
     drawn_T = torch.multinomial(logits.softmax(1), 1, generator=torch.Generator().manual_seed(5))[:, 0]
     for index, ffn in enumerate(ffns):
@@ -46,9 +47,9 @@ def test_fisher_is_the_outer_product_of_the_gradients(dense):
 
 
 def test_fisher_of_a_frozen_model(dense):
-    exits = [ffn.exit for ffn in find_ffns(dense)]
-    before = output_fisher(dense, exits, [text(rows=3)], seed=5)
-    for after, expected in zip(output_fisher(dense.requires_grad_(False), exits, [text(rows=3)], seed=5), before,
+    ffns = find_ffns(dense)
+    before = output_fisher(dense, ffns, [text(rows=3)], seed=5)
+    for after, expected in zip(output_fisher(dense.requires_grad_(False), ffns, [text(rows=3)], seed=5), before,
                                strict=True):  # fmt: skip
         torch.testing.assert_close(after, expected)
 
@@ -59,7 +60,7 @@ def test_lost_is_what_the_experts_left_out_would_have_added(dense):
         copy.deepcopy(dense), SamConfig(num_experts=8, top_k=4, standin_rank=4), calibration=text(), progress=False
     )
     layer = model.sam_layers[0]
-    x_Td = layer_inputs(model, layer, [text(rows=2, seed=3)])
+    x_Td = layer_input(model, layer, [text(rows=2, seed=3)])
     root_dd = torch.randn(32, 32)
     fisher_dd = root_dd @ root_dd.t()
     ours_K = lost_by_budget(

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from reference import layer_input
 from torch.nn import functional as F
 
 from sam_ds.errors import InputError
 from sam_ds.experts import distill as distillation
-from sam_ds.experts.calibrate import layer_inputs
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.distill import DistillConfig, distill
@@ -19,16 +19,10 @@ def text(seed, rows=40):
     return torch.randint(3, 97, (rows, 32), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def converted(request, tiny_llama, tiny_gpt2):
-    """Weights ten times the usual: neurons that are on and off, as in a trained model."""
-    model = tiny_llama() if request.param == "llama" else tiny_gpt2()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".mlp." in name and parameter.dim() == 2:
-                parameter.mul_(10)
-    config = SamConfig(num_experts=8, top_k=3, standin_rank=4)
-    return get_sam_model(model, config, calibration=text(0), progress=False)
+@pytest.fixture(scope="module")
+def converted(sharp):
+    config = SamConfig(num_experts=8, top_k=3, standin_rank=4, allocation="uniform")
+    return get_sam_model(copy.deepcopy(sharp), config, calibration=text(0), progress=False)
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def test_the_routed_model_comes_nearer_to_the_dense_which_stays_as_it_is(model):
 def test_the_budget_holds_on_the_text(model):
     distill(model, text(0), DistillConfig(steps=10, gates=True), progress=False)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(0)])
+        x_Td = layer_input(model, layer, [text(0)])
         assert layer.visited(x_Td).float().sum(1).mean() == pytest.approx(layer.top_k, abs=0.02)
 
 

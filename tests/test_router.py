@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from reference import expert_output, gate_scores, moe_output, neurons_output
+from reference import expert_output, gate_scores, layer_input, moe_output, neurons_output
 
-from sam_ds.experts.calibrate import layer_inputs
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import ROUTERS, SamConfig
 from sam_ds.experts.convert import get_sam_model
@@ -18,31 +17,18 @@ def text(seed, rows=40):
     return torch.randint(3, 97, (rows, 32), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def dense(request, tiny_llama, tiny_gpt2):
-    """Weights ten times the usual: neurons that are on and off, as in a trained model."""
-    model = tiny_llama() if request.param == "llama" else tiny_gpt2()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".mlp." in name and parameter.dim() == 2:
-                parameter.mul_(10)
-            if name.endswith(".c_fc.bias"):
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-    return model
-
-
-def convert(dense, **changes):
+def convert(sharp, **changes):
     settings = {"num_experts": 8, "top_k": 4, "standin_rank": 4, "router_rank": 6, "allocation": "uniform"}
     config = SamConfig(**settings | changes)
-    return get_sam_model(copy.deepcopy(dense), config, calibration=text(0), progress=False).eval()
+    return get_sam_model(copy.deepcopy(sharp), config, calibration=text(0), progress=False).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_router_scores_and_routes_as_its_formula_says(dense, router, tmp_path):
-    model = convert(dense, router=router)
+def test_a_router_scores_and_routes_as_its_formula_says(sharp, router, tmp_path):
+    model = convert(sharp, router=router)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(1, rows=1)])
+        x_Td = layer_input(model, layer, [text(1, rows=1)])
         torch.testing.assert_close(layer.scores(x_Td), gate_scores(layer, x_Td), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer(x_Td), moe_output(layer, x_Td), atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path)
@@ -53,8 +39,8 @@ def test_a_router_scores_and_routes_as_its_formula_says(dense, router, tmp_path)
 
 @torch.no_grad()
 @pytest.mark.parametrize("router", ROUTERS)
-def test_scores_are_fp32_in_a_model_of_half_precision_and_under_autocast(dense, router):
-    model = convert(dense, router=router)
+def test_scores_are_fp32_in_a_model_of_half_precision_and_under_autocast(sharp, router):
+    model = convert(sharp, router=router)
     x_Td = torch.randn(9, 32)
     exact_TE = model.sam_layers[0].scores(x_Td)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -68,30 +54,30 @@ def test_scores_are_fp32_in_a_model_of_half_precision_and_under_autocast(dense, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_threshold_keeps_the_budget_on_the_calibration_text(dense, router):
-    model = convert(dense, router=router)
+def test_a_threshold_keeps_the_budget_on_the_calibration_text(sharp, router):
+    model = convert(sharp, router=router)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(0)])
+        x_Td = layer_input(model, layer, [text(0)])
         for k in (1, 3, 4, 6, 8):
             assert layer.visited(x_Td, k).float().sum(1).mean() == pytest.approx(k, abs=0.02)
         # On other text it is near.
-        other_Td = layer_inputs(model, layer, [text(2)])
+        other_Td = layer_input(model, layer, [text(2)])
         assert layer.visited(other_Td, 4).float().sum(1).mean() == pytest.approx(4, abs=0.3)
 
 
 @torch.no_grad()
-def test_a_layer_that_may_visit_all_is_not_held_back_by_a_threshold(dense):
-    layer = convert(dense).sam_layers[0]
+def test_a_layer_that_may_visit_all_is_not_held_back_by_a_threshold(sharp):
+    layer = convert(sharp).sam_layers[0]
     layer.top_k = 8
     assert layer.routing(layer.scores(torch.randn(50, 32) * 5)).visited_TS.all()
 
 
 @torch.no_grad()
-def test_tokens_get_more_experts_where_more_is_lost(dense):
+def test_tokens_get_more_experts_where_more_is_lost(sharp):
     """Routes by threshold keep more of the mass than routes of a fixed number, at the same mean."""
-    model = convert(dense)
+    model = convert(sharp)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(0)])
+        x_Td = layer_input(model, layer, [text(0)])
         f_TEd = torch.stack([expert_output(layer, e, x_Td) for e in range(8)], dim=1)
         mass_TE = (f_TEd - f_TEd.mean(0)).square().sum(2)
         fixed_TE = torch.zeros_like(mass_TE).scatter(1, layer.scores(x_Td)[:, 1:].topk(3).indices + 1, 1.0)
@@ -102,11 +88,11 @@ def test_tokens_get_more_experts_where_more_is_lost(dense):
 
 @torch.no_grad()
 @pytest.mark.parametrize("router", ["linear", "roots", "low_rank"])
-def test_a_fitted_gate_predicts_the_mass_better_than_its_mean(dense, router):
+def test_a_fitted_gate_predicts_the_mass_better_than_its_mean(sharp, router):
     """On text not seen, the mlp's aside."""
-    model = convert(dense, router=router)
+    model = convert(sharp, router=router)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(9)])
+        x_Td = layer_input(model, layer, [text(9)])
         f_TEd = torch.stack([expert_output(layer, e, x_Td) for e in range(1, 8)], dim=1)
         lost_TE = (f_TEd - f_TEd.mean(0)).norm(dim=2)
         assert (layer.scores(x_Td)[:, 1:] - lost_TE).norm() < 0.98 * (lost_TE - lost_TE.mean(0)).norm()
@@ -126,8 +112,8 @@ def test_an_mlp_learns_a_mass_that_no_linear_gate_predicts(tiny_llama):
 
 
 @torch.no_grad()
-def test_a_representative_is_a_neuron_of_its_expert(dense):
-    layer = convert(dense, router="representative").sam_layers[0]
+def test_a_representative_is_a_neuron_of_its_expert(sharp):
+    layer = convert(sharp, router="representative").sam_layers[0]
     x_Td = torch.randn(9, 32)
     hidden_TEn = neurons_output(layer, x_Td, slice(None)).abs().unflatten(1, (8, 8))
     difference_En = (hidden_TEn - layer.scores(x_Td)[:, :, None]).abs().amax(0)
@@ -135,11 +121,11 @@ def test_a_representative_is_a_neuron_of_its_expert(dense):
 
 
 @torch.no_grad()
-def test_a_low_rank_router_is_the_best_of_its_rank(dense):
+def test_a_low_rank_router_is_the_best_of_its_rank(sharp):
     """Eckart and Young: the predictions of the linear router, less the directions in which they vary least."""
-    model = convert(dense, router="linear")
-    full, low = model.sam_layers[0], convert(dense, router="low_rank").sam_layers[0]
-    x_Td = layer_inputs(model, full, [text(0)])
+    model = convert(sharp, router="linear")
+    full, low = model.sam_layers[0], convert(sharp, router="low_rank").sam_layers[0]
+    x_Td = layer_input(model, full, [text(0)])
     exact_TE, scores_TE = full.scores(x_Td), low.scores(x_Td)
     left = torch.linalg.svdvals(exact_TE - exact_TE.mean(0))[6:].norm()
     assert (exact_TE - scores_TE).norm() <= 1.1 * left + 1e-3 * exact_TE.norm()

@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from reference import expert_output, gate_features, ridge_oracle, standin_output
+from reference import expert_output, gate_features, layer_input, ridge_oracle, standin_output
 
 from sam_ds.discovery.ridge import ridge
-from sam_ds.experts.calibrate import coactivation, layer_inputs
+from sam_ds.experts.calibrate import coactivation
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.standins import fit_standins
@@ -103,23 +103,10 @@ def text(seed, rows=40):
     return torch.randint(3, 97, (rows, 32), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def dense(request, tiny_llama, tiny_gpt2):
-    """Weights ten times the usual: neurons that are on and off, as in a trained model."""
-    model = tiny_llama() if request.param == "llama" else tiny_gpt2()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".mlp." in name and parameter.dim() == 2:
-                parameter.mul_(10)
-            if name.endswith((".c_fc.bias", "up_proj.bias")):
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-    return model
-
-
-def convert(dense, **changes):
+def convert(sharp, **changes):
     settings = {"num_experts": 8, "top_k": 4, "roots": 2, "standin_rank": 4, "allocation": "uniform"}
     config = SamConfig(**settings | changes)
-    return get_sam_model(copy.deepcopy(dense), config, calibration=text(0), progress=False)
+    return get_sam_model(copy.deepcopy(sharp), config, calibration=text(0), progress=False)
 
 
 @torch.no_grad()
@@ -129,11 +116,11 @@ def outputs(layer, x_Td):
 
 
 @torch.no_grad()
-def test_mean_standins_are_the_mean_outputs(dense):
-    model = convert(dense, standin="mean")
+def test_mean_standins_are_the_mean_outputs(sharp):
+    model = convert(sharp, standin="mean")
     for layer in model.sam_layers:
         # The inputs of a layer are those of the prefix already converted.
-        f_TEd = outputs(layer, layer_inputs(model, layer, [text(0)]))
+        f_TEd = outputs(layer, layer_input(model, layer, [text(0)]))
         x_1d = torch.randn(1, 32)
         for expert in range(2, 8):
             ours_d = standin_output(layer.sam, expert, x_1d)[0]
@@ -143,10 +130,10 @@ def test_mean_standins_are_the_mean_outputs(dense):
 
 @torch.no_grad()
 @pytest.mark.parametrize("standin", ["mean", "none"])
-def test_the_gate_is_the_ridge_regression_of_the_lost_mass(dense, standin):
-    model = convert(dense, standin=standin)
+def test_the_gate_is_the_ridge_regression_of_the_lost_mass(sharp, standin):
+    model = convert(sharp, standin=standin)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(0)])
+        x_Td = layer_input(model, layer, [text(0)])
         f_TEd = outputs(layer, x_Td)
         center_Ed = f_TEd.mean(0) if standin == "mean" else torch.zeros(8, 32)
         lost_TE = (f_TEd - center_Ed).norm(dim=2)
@@ -160,11 +147,11 @@ def test_the_gate_is_the_ridge_regression_of_the_lost_mass(dense, standin):
 
 
 @torch.no_grad()
-def test_the_gate_visits_what_would_be_lost_better_than_chance(dense):
-    model = convert(dense)
+def test_the_gate_visits_what_would_be_lost_better_than_chance(sharp):
+    model = convert(sharp)
     generator = torch.Generator().manual_seed(0)
     for layer in model.sam_layers:
-        x_Td = layer_inputs(model, layer, [text(9)])
+        x_Td = layer_input(model, layer, [text(9)])
         f_TEd = outputs(layer, x_Td)
         lost_TE = (f_TEd - f_TEd.mean(0)).norm(dim=2)
 
@@ -182,13 +169,13 @@ def test_the_gate_visits_what_would_be_lost_better_than_chance(dense):
 
 
 @torch.no_grad()
-def test_standins_pay_on_text_not_seen(dense):
+def test_standins_pay_on_text_not_seen(sharp):
     """The error of what is not visited, over the routes of the gate: linear < mean < none."""
     errors = {}
     for standin in ("none", "mean", "linear"):
-        model = convert(dense, standin=standin)
+        model = convert(sharp, standin=standin)
         layer = model.sam_layers[0]
-        x_Td = layer_inputs(model, layer, [text(9)])
+        x_Td = layer_input(model, layer, [text(9)])
         with model.active(8):
             exact_Td = layer(x_Td)
         errors[standin] = [float((layer(x_Td) - exact_Td).square().mean())]
@@ -201,8 +188,8 @@ def test_standins_pay_on_text_not_seen(dense):
 
 
 @torch.no_grad()
-def test_the_sums_of_the_standins_are_those_of_the_parts(dense):
-    layer = convert(dense).sam_layers[1]
+def test_the_sums_of_the_standins_are_those_of_the_parts(sharp):
+    layer = convert(sharp).sam_layers[1]
     x_Td = torch.randn(7, 32)
     every_Td = sum(standin_output(layer.sam, e, x_Td) for e in range(8))
     ours_Td = layer.sam.standins(x_Td, torch.zeros(7, 8))
@@ -216,8 +203,8 @@ def test_coactivation_is_the_lift_of_a_pair():
     torch.testing.assert_close(coactivation(visited_TE), expected)
 
 
-def test_the_same_seed_gives_the_same_model(dense):
-    first, second, other = convert(dense, seed=3), convert(dense, seed=3), convert(dense, seed=4)
+def test_the_same_seed_gives_the_same_model(sharp):
+    first, second, other = convert(sharp, seed=3), convert(sharp, seed=3), convert(sharp, seed=4)
     same = [torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)]
     assert all(same)
     assert any(

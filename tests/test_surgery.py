@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sam_ds.errors import InputError
+from sam_ds.experts import convert as conversion
 from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.surgery import find_ffns
 
@@ -105,7 +106,7 @@ def test_a_conversion_that_fails_late_is_undone(model_type, monkeypatch):
     """Not finite beyond the text that experts are found on: the neurons have moved by then."""
     model = build(model_type).train()
     before, modules = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
-    calibrate, seen = get_sam_model.__globals__["calibrate_layer"], []
+    calibrate, seen = conversion.calibrate_layer, []
 
     def fail_second(layer, x_Td, **settings):
         seen.append(layer)
@@ -113,7 +114,7 @@ def test_a_conversion_that_fails_late_is_undone(model_type, monkeypatch):
             x_Td = x_Td * float("nan")
         return calibrate(layer, x_Td, **settings)
 
-    monkeypatch.setitem(get_sam_model.__globals__, "calibrate_layer", fail_second)
+    monkeypatch.setattr(conversion, "calibrate_layer", fail_second)
     with pytest.raises(InputError, match=r"[.]1.* activations on the calibration text are not finite"):
         get_sam_model(model, CONFIG, calibration=tokens(), progress=False)
     left_alone(model, before, modules)

@@ -20,34 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_ds.discovery.mass import expert_mass
-from sam_ds.experts.calibrate import DISCOVERY_TOKENS, evenly, hidden_of, layer_inputs
+from sam_ds.experts.calibrate import check_finite
 from sam_ds.experts.surgery import FFN
 
 _BATCH = 4
 """Sequences a backward pass."""
 
 
-def lost_curves(
-    model: nn.Module, ffns: Sequence[FFN], orders: Sequence[Tensor], batches: list[Tensor], *, num_experts: int,
-    roots: int, seed: int,
-) -> Tensor:  # fmt: skip
-    """(L, K) `lost_by_budget` of every layer of a dense model, whose neurons will be put in `orders`."""
-    fisher = output_fisher(model, [ffn.exit for ffn in ffns], evenly(batches, DISCOVERY_TOKENS), seed=seed)
-    curves = []
-    with torch.no_grad():
-        for ffn, order_m, fisher_dd in zip(ffns, orders, fisher, strict=True):
-            hidden_Tm = hidden_of(ffn, layer_inputs(model, ffn.entry, batches, DISCOVERY_TOKENS))[:, order_m]
-            down_md = ffn.weights()[2][order_m]
-            curves.append(lost_by_budget(hidden_Tm, down_md, fisher_dd, num_experts=num_experts, roots=roots))
-    return torch.stack(curves).cpu()
+def output_fisher(model: nn.Module, ffns: Sequence[FFN], batches: Sequence[Tensor], *, seed: int) -> list[Tensor]:
+    """(d, d) E[g g'] at the output of each FFN of a dense model, over labels that the model draws itself.
 
-
-def output_fisher(
-    model: nn.Module, exits: Sequence[nn.Module], batches: Sequence[Tensor], *, seed: int
-) -> list[Tensor]:
-    """(d, d) E[g g'] at the output of each module of `exits`, over labels that the model draws itself.
-
-    Writes no `.grad`. The model is run as it is: call it in eval mode.
+    Writes no `.grad`. The model is run as it is: call it in eval mode. Raises InputError for an output that is not
+    finite, naming the FFN.
     """
     device = next(model.parameters()).device
     # On the CPU, as everything drawn from a seed here: the same on every device.
@@ -55,16 +39,17 @@ def output_fisher(
     outputs: dict[int, Tensor] = {}
 
     def keep(index: int, output: Tensor) -> Tensor:
+        check_finite(ffns[index].path, output)
         # A model of frozen weights has no graph yet.
         outputs[index] = output if output.requires_grad else output.detach().requires_grad_()
         return outputs[index]
 
     handles = [
-        module.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
-        for index, module in enumerate(exits)
+        ffn.exit.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
+        for index, ffn in enumerate(ffns)
     ]
     tokens = sum(ids_BS.numel() for ids_BS in batches)
-    fisher: list[Tensor | float] = [0.0] * len(exits)
+    fisher: list[Tensor | float] = [0.0] * len(ffns)
     try:
         with torch.enable_grad():
             for rows_BS in (rows_BS for ids_BS in batches for rows_BS in ids_BS.split(_BATCH)):

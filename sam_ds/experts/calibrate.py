@@ -5,23 +5,23 @@ experts, permuted into contiguous blocks, most used first; then, in order of dep
 converted: a router that predicts what is lost if an expert is not visited, the initial graph from co-activation, and
 the stand-ins.
 
-Legend: B sequences, T tokens, E experts, m neurons, n = m / E, d hidden.
+Legend: T tokens, E experts, m neurons, n = m / E, d hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from sam_ds.discovery.features import activation_features, order_by_usage, output_features, weight_features
 from sam_ds.discovery.kmeans import balanced_kmeans, permutation
 from sam_ds.discovery.mass import expert_mass
 from sam_ds.discovery.regroup import regroup
 from sam_ds.errors import InputError
+from sam_ds.experts.inputs import DISCOVERY_TOKENS
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.router import fit_router
 from sam_ds.experts.standins import fit_standins
@@ -29,64 +29,8 @@ from sam_ds.experts.surgery import FFN
 from sam_ds.graph.dag import initial_graph
 from sam_ds.graph.widest import thresholds, widths
 
-DISCOVERY_TOKENS = 8192
-"""Enough to tell which neurons work together; the fits use all."""
 _CHUNK = 1024
 """Tokens a pass of a fit."""
-_BATCH = 16
-"""Sequences a forward pass of the model."""
-
-
-class _Reached(Exception):
-    """The layer's input is known; the rest of the model need not run."""
-
-
-def check_text(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
-    """Raise InputError for no text at all and for token ids that the model has not."""
-    if not any(ids_BS.numel() for ids_BS in batches):
-        raise InputError("the calibration text is empty: give rows of token ids")
-    lowest = min(int(ids_BS.min()) for ids_BS in batches if ids_BS.numel())
-    if lowest < 0:
-        raise InputError(f"calibration has token id {lowest}; give input ids, not labels with a padding mark")
-    largest = max(int(ids_BS.max()) for ids_BS in batches if ids_BS.numel())
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
-                         "is it the model's own tokenizer?")  # fmt: skip
-
-
-def evenly(batches: list[Tensor], tokens: int) -> list[Tensor]:
-    """Sequences of about so many tokens in all, taken evenly: text is often ordered by where it comes from."""
-    step = max(1, sum(ids_BS.numel() for ids_BS in batches) // tokens)
-    kept = []
-    skip = 0
-    for ids_BS in batches:
-        kept.append(ids_BS[skip::step])
-        # Counted on from batch to batch: a batch may be a single row.
-        skip = (skip - len(ids_BS)) % step
-    return [ids_BS for ids_BS in kept if len(ids_BS)]
-
-
-@torch.no_grad()
-def layer_inputs(model: nn.Module, module: nn.Module, batches: list[Tensor], limit: int | None = None) -> Tensor:
-    """(T, d) inputs of `module` over the calibration tokens: all of them, or of about `limit` taken evenly."""
-    seen: list[Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(catch)
-    try:
-        for ids_BS in batches if limit is None else evenly(batches, limit):
-            for rows in ids_BS.split(_BATCH):
-                try:
-                    model(input_ids=rows.to(next(model.parameters()).device), use_cache=False)
-                except _Reached:
-                    pass
-    finally:
-        handle.remove()
-    return torch.cat(seen)
 
 
 @torch.no_grad()
@@ -135,9 +79,14 @@ def hidden_of(ffn: FFN, x_Td: Tensor) -> Tensor:
         hidden_Tm = ffn.activation(up_Tm).float()
     else:
         hidden_Tm = (ffn.activation(F.linear(x_Td, gate_dm.t(), gate_b)) * up_Tm).float()
-    if not torch.isfinite(hidden_Tm).all():
-        raise InputError(f"{ffn.path}: activations on the calibration text are not finite; check the checkpoint")
+    check_finite(ffn.path, hidden_Tm)
     return hidden_Tm
+
+
+def check_finite(path: str, values: Tensor) -> None:
+    """Raise InputError where what the FFN at `path` computes on the calibration text is not finite."""
+    if not torch.isfinite(values).all():
+        raise InputError(f"{path}: activations on the calibration text are not finite; check the checkpoint")
 
 
 @torch.no_grad()
@@ -167,7 +116,7 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
     scores_TE = layer.scores(x_Td)
     sam.adjacency_SS.fill_(True).triu_(1)
     set_thresholds(layer, scores_TE)
-    affinity_EE = coactivation(layer._reached(scores_TE, layer.top_k).float()).cpu()
+    affinity_EE = coactivation(layer.reached(scores_TE, layer.top_k).float()).cpu()
     graph_EE = initial_graph(affinity_EE.double().numpy(), density=density, roots=roots)
     sam.adjacency_SS.copy_(torch.from_numpy(graph_EE))
     set_thresholds(layer, scores_TE)
@@ -188,7 +137,7 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
                 visited_TE[:, drawn.to(x_chunk.device) + roots] = True
                 visited_TE[:, :roots] = True
             else:
-                visited_TE = layer._reached(scores[index], k)
+                visited_TE = layer.reached(scores[index], k)
             # The masked dense layer: what the unvisited experts would have added, means aside.
             hidden_Tm = (hidden_of(ffn, x_chunk) - center_m).unflatten(1, (num_experts, -1))
             missed_Tm = (hidden_Tm * ~visited_TE[:, :, None]).flatten(1)

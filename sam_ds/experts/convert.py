@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sam_ds.errors import InputError
-from sam_ds.experts.allocation import lost_curves
-from sam_ds.experts.calibrate import DISCOVERY_TOKENS, calibrate_layer, check_text, discover, layer_inputs
+from sam_ds.experts.allocation import lost_by_budget, output_fisher
+from sam_ds.experts.calibrate import calibrate_layer, discover, hidden_of
 from sam_ds.experts.config import SamConfig
+from sam_ds.experts.inputs import DISCOVERY_TOKENS, check_text, evenly, layer_inputs
 from sam_ds.experts.model import SamMixin, inject_layers, wrap_ffns
 from sam_ds.experts.surgery import find_ffns, permute_neurons
 from sam_ds.experts.verify import check_layers
@@ -33,6 +34,7 @@ def check_architecture(architecture: PreTrainedConfig, config: SamConfig) -> Pre
     return model
 
 
+@torch.no_grad()
 def get_sam_model(
     model: PreTrainedModel, config: SamConfig, *, calibration: Tensor | Iterable[Tensor], progress: bool = True
 ) -> PreTrainedModel:
@@ -66,31 +68,35 @@ def get_sam_model(
     model.eval()
     try:
         check_layers(model, ffns, layers, batches[0][:1])
-        # All are found before the first is put in place: what is refused here leaves every weight where it was.
-        orders = []
-        for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
-            x_Td = layer_inputs(model, ffn.entry, batches, DISCOVERY_TOKENS)
-            orders.append(
-                discover(
-                    ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
-                    regroups=config.regroups, top_k=config.top_k, seed=config.seed + index,
-                )
-            )  # fmt: skip
-        lost_LK = None
+        some = evenly(batches, DISCOVERY_TOKENS)
+        fisher = None
         if config.allocation == "sensitivity":
-            lost_LK = lost_curves(
-                model, ffns, orders, batches, num_experts=config.num_experts, roots=config.roots, seed=config.seed
-            )
+            fisher = output_fisher(model, ffns, some, seed=config.seed)
+        # All are found before the first is put in place: what is refused here leaves every weight where it was.
+        orders, lost = [], []
+        inputs = layer_inputs(model, [ffn.entry for ffn in ffns], some)
+        for index, ffn in enumerate(tqdm(ffns, desc="find experts", unit="layer", disable=not progress)):
+            x_Td = next(inputs)
+            order_m = discover(
+                ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
+                regroups=config.regroups, top_k=config.top_k, seed=config.seed + index,
+            )  # fmt: skip
+            orders.append(order_m)
+            if fisher is not None:
+                hidden_Tm, down_md = hidden_of(ffn, x_Td)[:, order_m], ffn.weights()[2][order_m]
+                lost.append(lost_by_budget(
+                    hidden_Tm, down_md, fisher[index], num_experts=config.num_experts, roots=config.roots
+                ))  # fmt: skip
         for ffn, order_m in zip(ffns, orders, strict=True):
             permute_neurons(ffn, order_m)
-        inject_layers(model, config, ffns, layers, lost_LK)
+        inject_layers(model, config, ffns, layers, torch.stack(lost).cpu() if lost else None)
         try:
             affinity = []
+            inputs = layer_inputs(model, layers, batches)
             for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
-                x_Td = layer_inputs(model, layer, batches)
                 affinity.append(
                     calibrate_layer(
-                        layer, x_Td, standin=config.standin, density=config.density, seed=config.seed + index
+                        layer, next(inputs), standin=config.standin, density=config.density, seed=config.seed + index
                     )
                 )  # fmt: skip
         except BaseException:

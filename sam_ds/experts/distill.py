@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sam_ds.errors import InputError
-from sam_ds.experts.calibrate import check_text, layer_inputs, set_thresholds
+from sam_ds.experts.calibrate import set_thresholds
+from sam_ds.experts.inputs import check_text, layer_inputs
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.surgery import FFN
@@ -90,9 +91,9 @@ def distill(
         with torch.enable_grad():
             losses = _train(model, torch.cat(batches), config, progress)
         with torch.no_grad():
-            for layer in layers:
-                if layer.by_threshold:
-                    set_thresholds(layer, layer.scores(layer_inputs(model, layer, batches)))
+            if model.sam_config.routing == "threshold":
+                for layer, x_Td in zip(layers, layer_inputs(model, layers, batches), strict=True):
+                    set_thresholds(layer, layer.scores(x_Td))
         # Last: what it changes is not kept.
         model.fold_lora(safe=True)
     except BaseException:

@@ -202,9 +202,9 @@ class SamFFN(nn.Module):
         k = self.top_k if k is None else k
         if k >= self.slots:
             return torch.ones(x_Td.shape[0], self.slots, dtype=torch.bool, device=x_Td.device)
-        return self._reached(self.scores(x_Td), k)
+        return self.reached(self.scores(x_Td), k)
 
-    def _reached(self, scores_TS: Tensor, k: int) -> Tensor:
+    def reached(self, scores_TS: Tensor, k: int) -> Tensor:
         """(T, S) bool: what tokens of these scores visit with a budget of k, fewer than all."""
         if self.by_threshold:
             width_TS = widths(scores_TS, self.sam.adjacency_SS, roots=self.roots)
@@ -230,7 +230,7 @@ class SamFFN(nn.Module):
             if counting:
                 self.counters = self.counters + count(routing, self.sam.adjacency_SS)
         else:
-            visited_TS = self._reached(scores_TS, self.top_k)
+            visited_TS = self.reached(scores_TS, self.top_k)
         weight_TS = visited_TS.to(x_Td.dtype)
         if learning:
             g_TJ = straight_through(gate_values(scores_TS, routing, self.edge_logits_SS)).to(x_Td.dtype)

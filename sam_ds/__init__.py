@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from sam_ds.experts.checkpoint import from_pretrained
     from sam_ds.experts.config import SamConfig
     from sam_ds.experts.convert import get_sam_model
+    from sam_ds.experts.deepspeed_moe import to_deepspeed_moe, to_views
     from sam_ds.experts.distill import DistillConfig, distill
 
-__all__ = ["DistillConfig", "InputError", "SamConfig", "distill", "from_pretrained", "get_sam_model"]
+__all__ = [
+    "DistillConfig", "InputError", "SamConfig", "distill", "from_pretrained", "get_sam_model", "to_deepspeed_moe",
+    "to_views",
+]  # fmt: skip
 
 _LAZY = {
     "SamConfig": "config", "DistillConfig": "distill", "distill": "distill", "from_pretrained": "checkpoint",
-    "get_sam_model": "convert",
+    "get_sam_model": "convert", "to_deepspeed_moe": "deepspeed_moe", "to_views": "deepspeed_moe",
 }  # fmt: skip
 
 

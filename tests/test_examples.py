@@ -57,6 +57,12 @@ def train(tiny, folder: Path, *command: object, config: Path | None = None) -> P
     return folder
 
 
+def launch(ranks: int) -> tuple[object, ...]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return LAUNCHER, "--num_gpus", ranks, "--master_port", probe.getsockname()[1]
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_trainer_is_the_same_under_zero_3(tiny, alone, tmp_path, ranks):
@@ -64,11 +70,7 @@ def test_the_trainer_is_the_same_under_zero_3(tiny, alone, tmp_path, ranks):
     settings = json.loads(ds_config_path("zero3.json").read_text())
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "sharded.json").write_text(json.dumps(settings))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = (LAUNCHER, "--num_gpus", ranks, "--master_port", port)
-    sharded = train(tiny, tmp_path / "sharded", *command, config=tmp_path / "sharded.json")
+    sharded = train(tiny, tmp_path / "sharded", *launch(ranks), config=tmp_path / "sharded.json")
 
     ours, theirs = (json.loads((folder / "losses.json").read_text()) for folder in (sharded, alone))
     assert (ours["ranks"], ours["zero_stage"], theirs["zero_stage"]) == (ranks, 3, None)
@@ -78,3 +80,16 @@ def test_the_trainer_is_the_same_under_zero_3(tiny, alone, tmp_path, ranks):
         weights = load_file(sharded / file)
         torch.testing.assert_close(weights, load_file(alone / file), atol=1e-4, rtol=1e-3)
     from_pretrained(sharded)
+
+
+@pytest.mark.distributed
+def test_a_loop_of_ones_own_learns_the_same_under_zero_3_and_in_moe_layers(tiny, tmp_path):
+    losses, weights = [], []
+    for name, choice in (("sharded", ["--zero", 3]), ("moe", ["--zero", 2, "--ep-size", 2])):
+        given = ["--model", tiny.model, "--out", tmp_path / name, "--steps", 3]
+        printed = run(tmp_path, *launch(2), ROOT / "examples" / "pretrain_deepspeed.py", *given, *choice)
+        losses.append([float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step ")])
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+        from_pretrained(tmp_path / name)
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=2e-4)
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=1e-3)

@@ -144,7 +144,8 @@ def test_a_slot_model_is_smaller_and_holds_no_second_copy(folder, full):
         for ours, theirs in zip(layer.matrices(), whole.matrices(), strict=True):
             assert ours is None and theirs is None or ours.numel() * 8 == theirs.numel() * 5
         assert layer.sam.wg.shape == (5, 49) and layer.sam.adjacency_SS.shape == (5, 5)
-    assert not [module for module in model._sam_original.values() if module is not None]
+    held = {id(parameter) for parameter in model.parameters()}
+    assert all(id(parameter) in held for module in model._sam_original.values() for parameter in module.parameters())
 
 
 def test_a_graph_is_checked_against_all_experts(folder, full):

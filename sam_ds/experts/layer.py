@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_ds.errors import InputError
-from sam_ds.experts.grouped import Pairs, into, out_of, pairs_of
+from sam_ds.experts.grouped import into, out_of, pairs_of
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.router import Features
 from sam_ds.experts.standins import with_one
@@ -71,6 +71,9 @@ class SamFFN(nn.Module):
     model is still a checkpoint of the original architecture plus the `sam.*` and `lora.*` entries.
 
     An inline FFN has no module: there the layer takes the activation's place, and the weights stay where they are."""
+
+    backend = "torch"
+    """What computes the experts: these views, or (`experts.deepspeed_moe`) DeepSpeed's MoE layers."""
 
     def __init__(
         self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, router: str = "linear", router_rank: int = 0,
@@ -236,8 +239,7 @@ class SamFFN(nn.Module):
             g_TJ = straight_through(gate_values(scores_TS, routing, self.edge_logits_SS)).to(x_Td.dtype)
             # What no decision chose falls on a root, whose weight is not used and whose stand-in is zero.
             weight_TS = torch.zeros_like(weight_TS).scatter_add(1, routing.chosen_TJ.clamp(min=0), g_TJ)
-        pairs = pairs_of(visited_TS, roots=self.roots, neurons=self.neurons)
-        y_Td = self._visit(x_Td, weight_TS[pairs.token_P, pairs.slot_P], pairs, products_Tr)
+        y_Td = self._visit(x_Td, visited_TS, weight_TS, products_Tr)
         if len(self.sam.spread_pd) == 0:
             return y_Td
         return y_Td + self.sam.standins(x_Td, weight_TS)
@@ -252,8 +254,12 @@ class SamFFN(nn.Module):
             y_Td = y_Td + self.lora.scale * (hidden_Tm @ self.lora.down_rows) @ self.lora.down_out
         return y_Td
 
-    def _visit(self, x_Td: Tensor, weight_P: Tensor, pairs: Pairs, products_Tr: Sequence[Tensor]) -> Tensor:
-        """(T, d): `_dense` of the roots, and of the pairs by their weights."""
+    def _visit(
+        self, x_Td: Tensor, visited_TS: Tensor, weight_TS: Tensor, products_Tr: Sequence[Tensor]
+    ) -> Tensor:
+        """(T, d): `_dense` of the roots, and of the other experts for the tokens that visit them, by their weights."""
+        pairs = pairs_of(visited_TS, roots=self.roots, neurons=self.neurons)
+        weight_P = weight_TS[pairs.token_P, pairs.slot_P]
         up_dm, gate_dm, down_md = self.matrices()
         up_b, gate_b, _ = self.ffn.biases()
         lora = self.lora

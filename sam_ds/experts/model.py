@@ -129,6 +129,7 @@ class SamMixin:
 
         Raises InputError, if `safe`, for a layer whose weights would not be finite, before any is changed.
         """
+        self._check_views()
         adapted = [layer for layer in self.sam_layers if layer.lora is not None]
         for layer in adapted if safe else []:
             for weight, delta in _updates(layer):
@@ -151,6 +152,7 @@ class SamMixin:
     def unload(self) -> PreTrainedModel:
         """The plain model of the original class; low-rank updates that were not folded are dropped."""
         assert isinstance(self, PreTrainedModel)
+        self._check_views()
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
             uninstall(self, site, original, layer.ffn)
         for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_lost_LK", "sam_condition", "_sam_original"):
@@ -164,6 +166,7 @@ class SamMixin:
 
         Raises InputError where an unfolded update would be lost, and for `variant`: a folder has one set of weights.
         """
+        self._check_views()
         if any(layer.lora is not None for layer in self.sam_layers):
             raise InputError("model has low-rank updates that are not in its weights; call fold_lora() before saving")
         if kwargs.get("variant") is not None:
@@ -186,6 +189,11 @@ class SamMixin:
         record = {"version": VERSION, "layers": list(self._sam_original), "sam": asdict(self.sam_config)}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
         mark(folder)
+
+    def _check_views(self) -> None:
+        if any(layer.backend != "torch" for layer in self.sam_layers):
+            raise InputError("the experts are spread over DeepSpeed's MoE layers; call to_views(model), on every rank, "
+                             "before the model is saved, merged or unloaded")  # fmt: skip
 
 
 def mark(folder: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
-from sam_ds.experts.surgery import shrink
+from sam_ds.experts.surgery import hand_back, resize
 from sam_ds.experts.units import Field
 
 
@@ -25,18 +25,17 @@ def to_slots(model: PreTrainedModel, slots: int) -> None:
     """Shrink every layer, in place, to `slots` experts, of which a token visits as many as before or all; by threshold,
     those that score as much as before. Contents are undefined until `hold_experts` and the weights' loading."""
     assert isinstance(model, SamMixin)
-    for layer in model.sam_layers:
+    for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
         if slots < layer.num_experts:
-            shrink(layer.ffn, slots * layer.neurons)
+            resize(layer.ffn, slots * layer.neurons)
             parts = layer.sam
             parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
             parts.register_buffer("core_SQp", parts.core_SQp[:slots].clone())
             parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
+            hand_back(original, layer.ffn)
             layer.slots = slots
             layer.held = torch.arange(slots)
         layer.top_k = min(layer.top_k, slots)
-    # The dense originals keep the full matrices alive.
-    model._sam_original = dict.fromkeys(model._sam_original)
 
 
 class StandInStore:

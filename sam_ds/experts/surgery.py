@@ -257,17 +257,19 @@ def permute_neurons(ffn: FFN, order_m: Tensor) -> None:
 
 
 @torch.no_grad()
-def shrink(ffn: FFN, neurons: int) -> None:
-    """Replace the FFN's linear maps, in place, by empty ones of `neurons` neurons: the slots of a client's model."""
+def resize(ffn: FFN, neurons: int) -> None:
+    """Replace the FFN's linear maps, in place, by empty ones of `neurons` neurons."""
     before = ffn.neurons
     for name in _names(ffn):
         old = ffn.module.get_submodule(name)
         inputs, outputs = matrix(old).shape
         inputs, outputs = (neurons, outputs) if name == ffn.down else (inputs, outputs // before * neurons)
         if isinstance(old, Conv1D):
-            new: nn.Module = Conv1D(outputs, inputs).to(old.weight.dtype)
+            new: nn.Module = Conv1D(outputs, inputs).to(old.weight)
         else:
-            new = nn.Linear(inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype)
+            new = nn.Linear(
+                inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype, device=old.weight.device
+            )
         if name == ffn.down and old.bias is not None:
             new.bias.copy_(old.bias)
         if "forward" in vars(old):
@@ -293,10 +295,15 @@ def uninstall(model: nn.Module, site: str, original: nn.Module, ffn: FFN) -> Non
     if ffn.inline is not None:
         for name in (ffn.up, ffn.down):
             del ffn.module.get_submodule(name).forward
-    else:
+    hand_back(original, ffn)
+    _set(model, site, original)
+
+
+def hand_back(original: nn.Module, ffn: FFN) -> None:
+    """Give the linear maps, as they are now, to the module whose place an FFN's layer took: its old ones go."""
+    if ffn.inline is None:
         for name, _ in original.named_children():
             setattr(original, name, ffn.module.get_submodule(name))
-    _set(model, site, original)
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -52,6 +52,10 @@ def get_sam_model(
     if isinstance(model, SamMixin):
         raise InputError("model is converted already; call merge_and_unload() first to convert it anew")
     ffns = find_ffns(model)
+    for ffn in ffns:
+        if ffn.sharded:
+            raise InputError(f"{ffn.path} was cut into shards by ZeRO-3 as it was loaded: load the model, and convert "
+                             "it, before TrainingArguments or HfDeepSpeedConfig are made")  # fmt: skip
     layers = wrap_ffns(ffns, config)
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     tokens = sum(ids.numel() for ids in batches)

@@ -205,10 +205,10 @@ def to_views(model: PreTrainedModel) -> None:
 
 
 def _check_plain(layer: SamFFN) -> None:
+    if layer.ffn.sharded:
+        raise InputError("the model is cut into shards by ZeRO-3, which DeepSpeed's MoE layers do not know: use "
+                         "ZeRO 0, 1 or 2, or stay with the torch back end")  # fmt: skip
     for weight in layer.ffn.module.parameters():
-        if hasattr(weight, "ds_shape"):
-            raise InputError("the model is cut into shards by ZeRO-3, which DeepSpeed's MoE layers do not know: use "
-                             "ZeRO 0, 1 or 2, or stay with the torch back end")  # fmt: skip
         if not weight.is_floating_point():
             raise InputError(f"{layer.ffn.path} is quantized ({weight.dtype}), which the deepspeed back end does not "
                              "compute: load it in full or half precision, or stay with the torch back end")  # fmt: skip

@@ -10,8 +10,8 @@ the layer holds only some experts: its *slots*, in ascending order of expert id,
 the sum of their stand-ins.
 
 Legend: T tokens, S slots (= E experts where all are held), J decisions, P pairs of a token and an expert beside the
-roots, n neurons an expert,
-m = S n, r neurons of all the roots, d hidden, q and p input and output rank of the stand-ins, Q = q + 1, R LoRA rank.
+roots, n neurons an expert, m = S n, r neurons of all the roots, d hidden, q and p input and output rank of the
+stand-ins, Q = q + 1, R LoRA rank.
 """
 
 from __future__ import annotations
@@ -41,29 +41,33 @@ class SamParts(nn.Module):
 
     def __init__(
         self, *, slots: int, phi: Features, by_threshold: bool, standin_rank: int, standin_outputs: int,
-        like_dm: Tensor,
+        hidden: int, like: Tensor,
     ) -> None:  # fmt: skip
-        """Stand-ins have the precision of the FFN's weights `like_dm`, everything its device."""
+        """Stand-ins have the precision of `like`, a weight of the FFN, everything its device."""
         super().__init__()
-        hidden, device = like_dm.shape[0], like_dm.device
+        device = like.device
         self.phi = phi
         self.wg = nn.Parameter(torch.zeros(slots, phi.width, device=device))
         # The score that an expert must have to be visited, for every mean number of visits; empty for a fixed number.
         budgets = slots + 1 if by_threshold else 0
         self.register_buffer("threshold_K", torch.full((budgets,), float("-inf"), device=device))
-        self.register_buffer("basis_dq", like_dm.new_zeros(hidden, standin_rank))
-        self.register_buffer("core_SQp", like_dm.new_zeros(slots, standin_rank + 1, standin_outputs))
-        self.register_buffer("core_all_Qp", like_dm.new_zeros(standin_rank + 1, standin_outputs))
-        self.register_buffer("spread_pd", like_dm.new_zeros(standin_outputs, hidden))
+        self.register_buffer("basis_dq", like.new_zeros(hidden, standin_rank))
+        self.register_buffer("core_SQp", like.new_zeros(slots, standin_rank + 1, standin_outputs))
+        self.register_buffer("core_all_Qp", like.new_zeros(standin_rank + 1, standin_outputs))
+        self.register_buffer("spread_pd", like.new_zeros(standin_outputs, hidden))
         self.register_buffer("adjacency_SS", torch.ones(slots, slots, dtype=torch.bool, device=device).triu(1))
 
     def standins(self, x_Td: Tensor, visited_TS: Tensor | None = None) -> Tensor:
         """(T, d): the sum of all experts' stand-ins, less those of the visited by their weights (None: of all)."""
-        z_TQ = with_one(x_Td @ self.basis_dq)
+        # DeepSpeed casts the buffers of a model with its parameters under ZeRO 0 to 2, not under ZeRO-3.
+        basis_dq, core_SQp, core_all_Qp, spread_pd = (
+            value.to(x_Td.dtype) for value in (self.basis_dq, self.core_SQp, self.core_all_Qp, self.spread_pd)
+        )
+        z_TQ = with_one(x_Td @ basis_dq)
         if visited_TS is None:
-            return z_TQ @ (self.core_all_Qp - self.core_SQp.sum(0)) @ self.spread_pd
-        own_Tp = (visited_TS[:, :, None] * z_TQ[:, None, :]).flatten(1) @ self.core_SQp.flatten(0, 1)
-        return (z_TQ @ self.core_all_Qp - own_Tp) @ self.spread_pd
+            return z_TQ @ (core_all_Qp - core_SQp.sum(0)) @ spread_pd
+        own_Tp = (visited_TS[:, :, None] * z_TQ[:, None, :]).flatten(1) @ core_SQp.flatten(0, 1)
+        return (z_TQ @ core_all_Qp - own_Tp) @ spread_pd
 
 
 class SamFFN(nn.Module):
@@ -76,10 +80,13 @@ class SamFFN(nn.Module):
     """What computes the experts: these views, or (`experts.deepspeed_moe`) DeepSpeed's MoE layers."""
 
     def __init__(
-        self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, router: str = "linear", router_rank: int = 0,
-        by_threshold: bool = False, standin_rank: int, standin_outputs: int = 0,
+        self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, router: str, router_rank: int,
+        by_threshold: bool, standin_rank: int, standin_outputs: int,
     ) -> None:  # fmt: skip
         super().__init__()
+        # ZeRO-3 gathers the parameters of a leaf at once: this layer reads its children's, and never calls them.
+        self._z3_leaf = True
+        self.register_forward_pre_hook(_with_gradient)
         if ffn.neurons % num_experts:
             divisors = [e for e in range(2, 257) if ffn.neurons % e == 0]
             raise InputError(
@@ -101,14 +108,14 @@ class SamFFN(nn.Module):
         self.top_k = top_k
         """k, roots included; on average over the tokens where they are routed by a threshold."""
         self.neurons = ffn.neurons // num_experts
-        like_dm = self.matrices()[0].detach()
+        like = ffn.module.get_submodule(ffn.down).weight.detach()
         phi = Features(
             router, hidden=ffn.hidden, num_experts=num_experts, root_neurons=roots * self.neurons, rank=router_rank,
-            gated=ffn.gate is not None, device=like_dm.device,
+            gated=ffn.gate is not None, device=like.device,
         )  # fmt: skip
         self.sam = SamParts(
             slots=num_experts, phi=phi, by_threshold=by_threshold, standin_rank=standin_rank,
-            standin_outputs=standin_outputs, like_dm=like_dm,
+            standin_outputs=standin_outputs, hidden=ffn.hidden, like=like,
         )  # fmt: skip
         self.lora: LoraSlices | None = None
         self.counters: Counters | None = None
@@ -289,3 +296,11 @@ class SamFFN(nn.Module):
         if lora is not None:
             y_Td = y_Td + lora.scale * out_of(hidden_Tr, hidden_Pn, lora.down_rows, pairs) @ lora.down_out
         return y_Td
+
+
+def _with_gradient(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Under ZeRO-3 a leaf's weights are gathered for the backward pass where a gradient arrives at its input: with all
+    before it frozen there would be none, and the weights would be empty."""
+    if not torch.is_grad_enabled() or args[0].requires_grad or not layer.ffn.sharded:
+        return None
+    return (args[0].detach().requires_grad_(), *args[1:])

@@ -68,12 +68,17 @@ class FFN:
     @property
     def hidden(self) -> int:
         """d, the hidden size."""
-        return self.weights()[2].shape[1]
+        return _shape(self.module.get_submodule(self.down))[1]
 
     @property
     def neurons(self) -> int:
         """m, the number of FFN neurons."""
-        return self.weights()[2].shape[0]
+        return _shape(self.module.get_submodule(self.down))[0]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ZeRO-3 has cut the weights into shards: there is nothing to see of them until it gathers them."""
+        return any(hasattr(parameter, "ds_shape") for parameter in self.module.parameters())
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Views up (d, m), gate (d, m) or None, down (m, d)."""
@@ -81,7 +86,7 @@ class FFN:
         if self.gate is None:
             return up_dm, None, down_md
         if self.gate == self.up:
-            m = down_md.shape[0]
+            m = self.neurons
             return up_dm[:, m:], up_dm[:, :m], down_md
         return up_dm, matrix(self.module.get_submodule(self.gate)), down_md
 
@@ -167,10 +172,10 @@ def _match(path: str, module: nn.Module) -> FFN | None:
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs), not read from the weight: that of a quantized map is packed."""
+    """(inputs, outputs), not read from the weight: that of a quantized map is packed, that of ZeRO-3 away."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    return linear.weight.shape[0], linear.nf
+    return getattr(linear.weight, "ds_shape", linear.weight.shape)[0], linear.nf
 
 
 def _roles(shapes: dict[str, tuple[int, int]]) -> tuple[str, str | None, str] | None:
@@ -221,11 +226,10 @@ def _dropout(module: nn.Module) -> nn.Module | None:
 def _check_weight(path: str, linear: nn.Module) -> None:
     weight = linear._parameters.get("weight")
     inputs, outputs = _shape(linear)
-    if type(weight) is nn.Parameter and weight.dtype in _FLOATS and matrix(linear).shape == (inputs, outputs):
+    if type(weight) is nn.Parameter and weight.dtype in _FLOATS and (
+        hasattr(weight, "ds_shape") or matrix(linear).shape == (inputs, outputs)
+    ):
         return
-    if hasattr(weight, "ds_shape"):
-        raise InputError(f"{path}.weight was cut into shards by ZeRO-3 as it was loaded: load the model, and convert "
-                         "it, before TrainingArguments or HfDeepSpeedConfig are made")  # fmt: skip
     kind = "computed from other parameters" if weight is None else (
         f"a {type(weight).__name__} of {weight.dtype}, shape {tuple(weight.shape)}"
     )  # fmt: skip

@@ -14,6 +14,7 @@ from families import build, convert, tokens
 from sam_ds.clients.engine import deepspeed, full_shape, read_parameters
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
+from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.units import prepare
 
 CONFIG = SamConfig(num_experts=8, top_k=3, standin_rank=4)
@@ -24,12 +25,14 @@ CASES = {
     "llama-3-offload": ("llama", {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD}),
     "llama-3-checkpointing": ("llama", {"stage": 3}), "llama-3-loaded": ("llama", {"stage": 3}),
     "lora-0": ("lora", {"stage": 0}), "lora-2": ("lora", {"stage": 2}), "lora-3": ("lora", {"stage": 3}),
+    "nf4-0": ("nf4", {"stage": 0}), "nf4-2": ("nf4", {"stage": 2}), "nf4-3": ("nf4", {"stage": 3}),
     "gpt2-0": ("gpt2", {"stage": 0}), "gpt2-3": ("gpt2", {"stage": 3}), "gpt2-3-loaded": ("gpt2", {"stage": 3}),
     "phi3-0": ("phi3", {"stage": 0}), "phi3-3-loaded": ("phi3", {"stage": 3}),
     "opt-0": ("opt", {"stage": 0}), "opt-3": ("opt", {"stage": 3}),
     "bf16-2": ("bf16", {"stage": 2}), "bf16-3": ("bf16", {"stage": 3}),
 }  # fmt: skip
 """Name: what is trained, and `zero_optimization`. The first of a kind is what the others must equal."""
+FAMILY = {"lora": "llama", "nf4": "llama", "bf16": "llama"}
 
 
 def settings_of(name: str) -> dict:
@@ -54,8 +57,11 @@ def engine_of(name: str, folder: Path, settings: dict):
         assert all(p.numel() == 0 for p in model.sam_layers[0].ffn.module.parameters() if hasattr(p, "ds_shape"))
         del alive
     else:
-        model = from_pretrained(folder / ("llama" if kind in ("lora", "bf16") else kind))
-    prepare(model, "lora" if kind == "lora" else "full", rank=2, alpha=4, seed=0, dense=kind != "lora")
+        model = from_pretrained(folder / FAMILY.get(kind, kind))
+    if kind == "nf4":
+        to_nf4(model)
+    slices = kind in ("lora", "nf4")
+    prepare(model, "lora" if slices else "full", rank=2, alpha=4, seed=0, dense=not slices)
     if name.endswith("checkpointing"):
         model.gradient_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -92,7 +98,7 @@ def train_on_two_ranks(rank: int, folder: Path) -> None:
 def trained(tmp_path_factory):
     """By rank and case: losses, trained parameters, share of the parameters that the rank has."""
     folder = tmp_path_factory.mktemp("zero")
-    for family in {kind if kind not in ("lora", "bf16") else "llama" for kind, _ in CASES.values()}:
+    for family in {FAMILY.get(kind, kind) for kind, _ in CASES.values()}:
         model = convert(build(family), CONFIG)
         with torch.no_grad():
             for layer in model.sam_layers:

@@ -137,7 +137,7 @@ class MoeFFN(SamFFN):
         if torch.is_grad_enabled() or not products_Tr:
             # What the gate was given has no gradient.
             products_Tr = [x_Td @ matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
-        y_Td = self._complete(x_Td, products_Tr, self.roots) @ down_md
+        y_Td = self._complete(x_Td, products_Tr, 0, self.roots) @ down_md
         gate = self.moe.deepspeed_moe.gate
         gate.visited_TR, gate.weight_TR = visited_TS[:, self.roots :], weight_TS[:, self.roots :]
         return y_Td + self.moe(x_Td)[0]

@@ -175,7 +175,7 @@ class SamFFN(nn.Module):
     def gate_features(self, x_Td: Tensor, products_Tr: Sequence[Tensor] | None = None) -> Tensor:
         """(T, F) what the gate's rows are multiplied with. No gradient: the gate must not bend what experts see."""
         products_Tr = self._root_products(x_Td) if products_Tr is None else products_Tr
-        hidden_Tr = self._complete(x_Td.to(products_Tr[0].dtype), products_Tr, self.roots) if products_Tr else None
+        hidden_Tr = self._complete(x_Td.to(products_Tr[0].dtype), products_Tr, 0, self.roots) if products_Tr else None
         with torch.autocast(x_Td.device.type, enabled=False):
             return self.sam.phi(x_Td, hidden_Tr, self.activation)
 
@@ -190,16 +190,16 @@ class SamFFN(nn.Module):
         x_Td, r = x_Td.to(self.matrices()[0].dtype), self.roots * self.neurons
         return [x_Td @ matrix_dm[:, :r] for matrix_dm in self.matrices()[:2] if matrix_dm is not None]
 
-    def _complete(self, x_Td: Tensor, products_Tm: Sequence[Tensor], slots: int) -> Tensor:
-        """(T, m) what the neurons of the first `slots` experts put out: x times their weights, low-rank updates, biases
-        and activation."""
-        m, lora = slots * self.neurons, self.lora
+    def _complete(self, x_Td: Tensor, products_Tm: Sequence[Tensor], first: int, slots: int) -> Tensor:
+        """(T, m) what the neurons of `slots` experts put out, from the `first` on: x times their weights, low-rank
+        updates, biases and activation."""
+        own, lora = slice(first * self.neurons, (first + slots) * self.neurons), self.lora
         up_b, gate_b, _ = self.ffn.biases()
 
         def complete(out_Tm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
             if bias_m is not None:
-                out_Tm = out_Tm + bias_m[:m]
-            return out_Tm if lora is None else out_Tm + lora.scale * (x_Td @ inner) @ rows[:m].t()
+                out_Tm = out_Tm + bias_m[own]
+            return out_Tm if lora is None else out_Tm + lora.scale * (x_Td @ inner) @ rows[own].t()
 
         up_Tm = complete(products_Tm[0], up_b, lora and lora.up_in, lora and lora.up_rows)
         if len(products_Tm) == 1:
@@ -255,7 +255,7 @@ class SamFFN(nn.Module):
         """(T, d): all slots, visited by every token. Bias of the down-projection not included."""
         up_dm, gate_dm, down_md = self.matrices()
         products_Tm = [x_Td @ matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
-        hidden_Tm = self._complete(x_Td, products_Tm, self.slots)
+        hidden_Tm = self._complete(x_Td, products_Tm, 0, self.slots)
         y_Td = hidden_Tm @ down_md
         if self.lora is not None:
             y_Td = y_Td + self.lora.scale * (hidden_Tm @ self.lora.down_rows) @ self.lora.down_out

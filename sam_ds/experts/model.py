@@ -191,9 +191,12 @@ class SamMixin:
         mark(folder)
 
     def _check_views(self) -> None:
-        if any(layer.backend != "torch" for layer in self.sam_layers):
+        if any(layer.backend == "deepspeed" for layer in self.sam_layers):
             raise InputError("the experts are spread over DeepSpeed's MoE layers; call to_views(model), on every rank, "
                              "before the model is saved, merged or unloaded")  # fmt: skip
+        if any(layer.backend == "nf4" for layer in self.sam_layers):
+            raise InputError("the weights are in 4 bits, which nothing can be merged into and no folder holds: save "
+                             "the low-rank updates with save_adapter, and put them on the model as it was")  # fmt: skip
 
 
 def mark(folder: Path) -> None:

@@ -124,13 +124,14 @@ def prepare(
     assert isinstance(model, SamMixin)
     if trains not in TRAINS:
         raise InputError(f"trains must be one of {', '.join(TRAINS)}, got {trains!r}")
+    if not trains.startswith("lora") and any(layer.backend == "nf4" for layer in model.sam_layers):
+        raise InputError(f"weights in 4 bits do not train, but trains = {trains!r}; give trains = 'lora'")
     if trains.startswith("lora"):
         for index, layer in enumerate(model.sam_layers):
-            up_dm, gate_dm, _ = layer.matrices()
             layer.lora = LoraSlices(
-                hidden=up_dm.shape[0], neurons=up_dm.shape[1], gated=gate_dm is not None, rank=rank, alpha=alpha,
-                seed=seed * 1_000_003 + index, both=trains == "lora-both",
-            ).to(up_dm.device)  # fmt: skip
+                hidden=layer.ffn.hidden, neurons=layer.slots * layer.neurons, gated=layer.ffn.gate is not None,
+                rank=rank, alpha=alpha, seed=seed * 1_000_003 + index, both=trains == "lora-both",
+            ).to(layer.sam.wg.device)  # fmt: skip
     train = {field.parameter for field in trained_fields(model, trains)}
     train |= set(shared_parameters(model, trains, dense=dense).values())
     for name, parameter in model.named_parameters():

@@ -1,0 +1,118 @@
+"""Low-rank updates of the experts as PEFT knows them: its `LoraConfig` in, its adapter folder out.
+
+The slices of all experts of a matrix are one ordinary LoRA pair on the permuted FFN, which stock PEFT loads onto the
+plain model of the same folder. Where gate and up are one fused map, its pair has both ranks, with zeros between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sam_ds.errors import InputError
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.model import SamMixin
+from sam_ds.experts.units import prepare
+
+_UNKNOWN = {
+    "lora_dropout": 0.0, "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None,
+    "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {},
+}  # fmt: skip
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> None:
+    """Put low-rank updates on the experts of a converted model and let them and the gates train, nothing else.
+
+    Of `config`, r, lora_alpha and target_modules are read: all linear maps of the FFNs, or None. Raises InputError for
+    anything else that is set, and for a model that is not converted or has updates already.
+    """
+    if not isinstance(model, SamMixin):
+        raise InputError("model is not converted; call get_sam_model first")
+    if any(layer.lora is not None for layer in model.sam_layers):
+        raise InputError("model has low-rank updates already; save_adapter or fold_lora() first")
+    for name, default in _UNKNOWN.items():
+        value = getattr(config, name)
+        if (value or default) != default:
+            raise InputError(f"LoraConfig has {name}={value!r}, which slices by expert do not know; leave it at "
+                             f"{default!r}")  # fmt: skip
+    names = {name for layer in model.sam_layers for name in layer.ffn_names if name is not None}
+    wanted = config.target_modules
+    if wanted is not None and (isinstance(wanted, str) or set(wanted) != names):
+        raise InputError(f"target_modules must be {sorted(names)}, the maps that experts are slices of, got "
+                         f"{wanted!r}; put an adapter on the attention with get_peft_model")  # fmt: skip
+    prepare(model, "lora", rank=config.r, alpha=config.lora_alpha, seed=seed)
+
+
+def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """PEFT's names and shapes: `base_model.model.PATH.lora_A.weight` (R, inputs), `lora_B.weight` (outputs, R).
+
+    Raises InputError where the layers hold only some experts, or no low-rank updates.
+    """
+    state = {}
+    for layer, (up, gate, down) in zip(_adapted(model), _paths(model), strict=True):
+        lora = layer.lora
+        assert lora is not None
+        pairs = {down: (lora.down_rows.t(), lora.down_out.t())}
+        if gate is None or gate == up:
+            pairs[up] = (lora.up_in.t(), lora.up_rows)
+        if gate is not None:
+            assert lora.gate_in is not None and lora.gate_rows is not None
+            own = (lora.gate_in.t(), lora.gate_rows)
+            if gate == up:
+                pairs[up] = torch.cat([own[0], pairs[up][0]]), torch.block_diag(own[1], pairs[up][1])
+            else:
+                pairs |= {gate: own, up: (lora.up_in.t(), lora.up_rows)}
+        for name, (a_Ri, b_oR) in pairs.items():
+            path = f"base_model.model.{name}"
+            state[f"{path}.lora_A.weight"] = a_Ri.detach().cpu().contiguous()
+            state[f"{path}.lora_B.weight"] = b_oR.detach().cpu().contiguous()
+    return state
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write what `PeftModel.from_pretrained(plain, folder)` reads; `plain` has the neurons in this model's order."""
+    state = adapter_state(model)
+    paths, lora = _paths(model), model.sam_layers[0].lora
+    rank = lora.up_in.shape[1]
+    fused = [up for up, gate, _ in paths if gate == up]
+    config = LoraConfig(
+        r=rank, lora_alpha=lora.scale * rank, rank_pattern=dict.fromkeys(fused, 2 * rank),
+        alpha_pattern=dict.fromkeys(fused, 2 * lora.scale * rank),
+        # By their whole paths: GPT-2's attention has a `c_proj` too.
+        target_modules=sorted({path for own in paths for path in own if path is not None}),
+        fan_in_fan_out=isinstance(model.get_submodule(paths[0][0]), Conv1D), task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path or None,
+    )  # fmt: skip
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(state, Path(folder) / "adapter_model.safetensors")
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def _adapted(model: PreTrainedModel) -> list[SamFFN]:
+    if not isinstance(model, SamMixin):
+        raise InputError("model is not converted; call get_sam_model first")
+    for layer in model.sam_layers:
+        if layer.lora is None:
+            raise InputError("model has no low-rank updates; add_lora puts them on it")
+        if layer.slots < layer.num_experts:
+            raise InputError(f"{layer.ffn.path} holds {layer.slots} of {layer.num_experts} experts, an adapter is of "
+                             "all: save it where they are together")  # fmt: skip
+    return model.sam_layers
+
+
+def _paths(model: PreTrainedModel) -> list[tuple[str, str | None, str]]:
+    """Of every layer, where its up, gate and down maps are."""
+    path_of = {id(module): path for path, module in model.named_modules()}
+    found = []
+    for layer in model.sam_layers:
+        owner = path_of[id(layer.ffn.module)]
+        up, gate, down = layer.ffn_names
+        found.append((f"{owner}.{up}", None if gate is None else f"{owner}.{gate}", f"{owner}.{down}"))
+    return found

@@ -148,7 +148,7 @@ class TierSection(Checked):
     experts: Count  # held per layer, roots included
     sends: Natural = 0  # of them, drawn anew each round; 0 = all: for an uplink narrower than the memory
     memory_gib: Positive
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "nf4"] = "fp32"  # of the frozen weights; nf4 computes in bf16
     trains: Literal["full", "lora"] = "full"  # rows of the held experts, or their slices of an adapter
     ds_config: str = "cpu_zero2.json"  # a file of ds_configs/, or a path
     share: Probability  # of the clients; 0 = none

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,8 @@ from sam_ds.clients.tiers import ModelShape, check_tiers, dealt_tiers, ds_config
 from sam_ds.config import RunConfig, TierSection, load_config
 from sam_ds.errors import InputError
 
-SHAPE = ModelShape(parameters=10_000_000, layers=6, hidden=256, neurons=1024, gated=True, vocabulary=4096)
+SHAPE = ModelShape(parameters=10_000_000, layers=6, hidden=256, neurons=1024, gated=True, vocabulary=4096,
+                   embeddings=2 * 4096 * 256)
 CONFIG = RunConfig()
 
 
@@ -67,6 +69,27 @@ def test_a_tier_that_is_too_small_is_refused():
     # Nobody has it, or the method does not heed tiers.
     check_tiers(SHAPE, replace(CONFIG, tiers={"phone": replace(small, share=0.0), "other": tier()}))
     check_tiers(SHAPE, replace(CONFIG, method="fedavg", tiers={"phone": small}))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"precision": "bf16", "ds_config": "cpu_zero0.json"}, r"ZeRO stage 0 with precision = 'bf16' .* from 1 to 3"),
+    ({"precision": "nf4"}, r"tiers.phone: weights in 4 bits do not train; give trains = 'lora'"),
+])  # fmt: skip
+def test_precisions_that_cannot_train_so_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        check_tiers(SHAPE, replace(CONFIG, tiers={"phone": tier(**values)}))
+
+
+def test_nf4_wants_whole_blocks_and_bf16_a_machine_that_has_it(monkeypatch):
+    four = replace(CONFIG, tiers={"phone": tier(precision="nf4", trains="lora")})
+    check_tiers(SHAPE, four)
+    with pytest.raises(InputError, match="of 65 x 255 values is no multiple of nf4's blocks of 64"):
+        check_tiers(replace(SHAPE, hidden=255, neurons=1024 + 16), four)
+    with pytest.raises(InputError, match="fedavg trains what nf4 freezes"):
+        check_tiers(SHAPE, replace(four, method="fedavg"))
+    monkeypatch.setattr(type(get_accelerator()), "is_bf16_supported", lambda self: False)
+    with pytest.raises(InputError, match="tiers.phone: precision = 'nf4' computes in bf16"):
+        check_tiers(SHAPE, four)
 
 
 def test_auto_is_filled_from_the_run():

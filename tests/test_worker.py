@@ -14,9 +14,16 @@ from sam_ds.wire.payload import ExpertUnit
 
 SMALL, MEDIUM, LARGE = 0, 4, 5  # clients of these tiers: 4, 6 and 8 experts, a token visits 4
 
+
+def every(*values):
+    return tuple(f"tiers.{tier}.{value}" for tier in ("small", "medium", "large") for value in values)
+
+
 KINDS = {
     "full": (),
-    "lora": tuple(f"tiers.{tier}.trains=lora" for tier in ("small", "medium", "large")),
+    "bf16": every("precision=bf16"),
+    "lora": every("trains=lora"),
+    "nf4": every("trains=lora", "precision=nf4"),
     "all": ("method=fedavg",),
     "lora-both": ("method=fedit",),
 }
@@ -27,7 +34,7 @@ def kind(request, tiny, new_worker, tmp_path_factory):
     """A worker and a server of a method, by what trains."""
     overrides = KINDS[request.param]
     server = Federation.of(tiny.config(tmp_path_factory.mktemp("run"), *overrides), tiny.base).server
-    assert server.trains == request.param
+    assert server.trains == {"nf4": "lora", "bf16": "full"}.get(request.param, request.param)
     return new_worker(*overrides), server
 
 

@@ -29,8 +29,17 @@ from sam_ds.clients.tiers import ds_config
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
+from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
-from sam_ds.experts.units import expert_weights, prepare, read_units, shared_parameters, trained_fields, write_units
+from sam_ds.experts.units import (
+    Field,
+    expert_weights,
+    prepare,
+    read_units,
+    shared_parameters,
+    trained_fields,
+    write_units,
+)
 from sam_ds.graph.route import Counters, route
 from sam_ds.wire.payload import Unit
 
@@ -44,7 +53,9 @@ class TierEngine:
         self.config = config
         self.group = group
         self.sparse = trains in ("full", "lora")
-        model = from_pretrained(folder, dtype=torch.float32)
+        # The packed bytes of nf4 must stand in the precision that the engine computes in.
+        dtype = torch.bfloat16 if tier.precision == "nf4" else torch.float32
+        model = from_pretrained(folder, dtype=dtype)
         self.store = StandInStore(model)
         slots = tier.experts if self.sparse else config.sam.num_experts
         self.budgets = [layer.top_k for layer in model.sam_layers]
@@ -59,9 +70,15 @@ class TierEngine:
         self.layers = model.sam_layers
         self.model = model
         self.weights = expert_weights(model)
+        names = [field.parameter for field in self.weights]
+        self._weight_shapes = {name: full_shape(model.get_parameter(name)) for name in names}
+        if tier.precision == "nf4":
+            to_nf4(model)
         self.fields = trained_fields(model, trains)
         self.shared = shared_parameters(model, trains, dense=settings.dense)
         self.checkpoint = Checkpoint(folder)
+        path_of = {id(module): path for path, module in model.named_modules()}
+        self._paths = [path_of[id(layer)] for layer in self.layers]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay)
         self.engine, *_ = deepspeed.initialize(
@@ -83,16 +100,28 @@ class TierEngine:
             hold_experts(self.layers, self.store, held)
             self.model.set_graph(torch.from_numpy(task.graph_LEE))
             self.model.sam_condition = torch.from_numpy(task.condition)
-            for field in self.weights:
-                if field.parameter not in trained:
-                    values[field.parameter] = torch.empty(self._shapes[field.parameter])
-                    self.checkpoint.read_experts(field, held[field.layer], values[field.parameter])
+            values |= self._experts(held, [field for field in self.weights if field.parameter not in trained])
         write_parameters(self.engine, values)
         reset_optimizer(self.engine)
         for layer in self.layers:
             layer.counters = no_counts(layer.slots) if self.sparse else None
         self.engine.train()
         return units
+
+    def _experts(self, held: Sequence[Sequence[int]], fields: Sequence[Field]) -> dict[str, Tensor]:
+        """The held experts' own weights from disk, by the name of the parameter that has them in the engine."""
+        values = {}
+        for field in fields:
+            whole = torch.empty(self._weight_shapes[field.parameter])
+            self.checkpoint.read_experts(field, held[field.layer], whole)
+            layer = self.layers[field.layer]
+            if layer.backend == "nf4" and field.tensor in ("up", "gate", "gate_up", "down"):
+                rows = [field.read(whole, slot) for slot in range(layer.slots)]
+                for name, packed in layer.pack(field.tensor, rows).items():
+                    values[f"{self._paths[field.layer]}.{name}"] = packed
+            else:
+                values[field.parameter] = whole
+        return values
 
     def step(self, ids_BS: Tensor, lr: float, *, whole: bool = False) -> float:
         """One optimizer step on this rank's share of the batch; the loss in nats a token.
@@ -136,9 +165,7 @@ class TierEngine:
         through the experts used most on calibration text: what the tier's memory allows."""
         most_used = tuple(tuple(range(layer.slots)) for layer in self.layers)
         hold_experts(self.layers, self.store, most_used)
-        values = {field.parameter: torch.empty(self._shapes[field.parameter]) for field in self.weights}
-        for field in self.weights:
-            self.checkpoint.read_experts(field, most_used[field.layer], values[field.parameter])
+        values = self._experts(most_used, self.weights)
         for index, layer in enumerate(self.layers):
             layer.counters = None
             layer.sam.adjacency_SS.fill_(True).triu_(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
 from sam_ds.config import RunConfig, TierSection, ds_config_path
@@ -32,6 +33,8 @@ class ModelShape:
     neurons: int
     gated: bool
     vocabulary: int
+    embeddings: int
+    """Parameters of the input and, where it is another one, the output embedding."""
 
     @property
     def ffn_parameters(self) -> int:
@@ -42,10 +45,11 @@ class ModelShape:
     def of(cls, model: PreTrainedModel) -> ModelShape:
         """Measure a dense model. Raises InputError where no FFN is found."""
         ffns = find_ffns(model)
+        embeddings = {own.weight for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own}
         return cls(
             parameters=sum(p.numel() for p in model.parameters()), layers=len(ffns), hidden=ffns[0].hidden,
             neurons=ffns[0].neurons, gated=ffns[0].gate is not None,
-            vocabulary=model.get_input_embeddings().weight.shape[0],
+            vocabulary=model.get_input_embeddings().weight.shape[0], embeddings=sum(own.numel() for own in embeddings),
         )  # fmt: skip
 
 
@@ -67,7 +71,7 @@ class Estimate:
 def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimate:
     """Memory of a client of this tier. ZeRO keeps an fp32 master of what trains beside the compute copy."""
     share = tier.experts / config.sam.num_experts
-    word = 2 if tier.precision == "bf16" else 4
+    word = 4 if tier.precision == "fp32" else 2
     ffn = shape.layers * shape.ffn_parameters * share
     other = shape.parameters - shape.layers * shape.ffn_parameters
     rank, outputs = standin_shape(
@@ -90,8 +94,12 @@ def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimat
     # Per layer: about 12 hidden-sized tensors of the block, and the FFN's inner tensors for the visited share.
     visited = min(config.sam.top_k, tier.experts) / config.sam.num_experts
     per_token = shape.layers * (12 * shape.hidden + 4 * visited * shape.neurons) + 3 * shape.vocabulary
+    # In 4 bits half a byte, a byte for every 64 values and a scale for every 256 of those.
+    packed = 0.5 + 1 / 64 + 4 / (64 * 256) if tier.precision == "nf4" else word
     return Estimate(
-        weights=int((ffn + other) * word + (standins + gates) * 4), gradients=int(trained * 4),
+        weights=int(
+            (ffn + other - shape.embeddings) * packed + shape.embeddings * word + (standins + gates) * 4
+        ), gradients=int(trained * 4),
         optimizer=int(trained * (12 if _zero_stage(tier) else 8)), activations=int(tokens * per_token * word),
     )  # fmt: skip
 
@@ -107,8 +115,21 @@ def check_tiers(shape: ModelShape, config: RunConfig) -> None:
         if tier.share == 0.0:
             continue
         ds_config(tier, config)
+        if tier.precision != "fp32" and not get_accelerator().is_bf16_supported():
+            raise InputError(f"tiers.{name}: precision = {tier.precision!r} computes in bf16, which this machine's "
+                             "accelerator does not know; give precision = 'fp32', or run elsewhere")  # fmt: skip
         if config.method != "sam":
+            if tier.precision == "nf4":
+                raise InputError(f"tiers.{name}: {config.method} trains what nf4 freezes; give precision = 'fp32' or "
+                                 "'bf16', or method = 'sam'")  # fmt: skip
             continue
+        if tier.precision == "nf4" and tier.trains != "lora":
+            raise InputError(f"tiers.{name}: weights in 4 bits do not train; give trains = 'lora', or precision = "
+                             "'fp32' or 'bf16'")  # fmt: skip
+        if tier.precision == "nf4" and shape.hidden * shape.neurons // config.sam.num_experts % 64:
+            raise InputError(f"tiers.{name}: an expert's matrix of {shape.neurons // config.sam.num_experts} x "
+                             f"{shape.hidden} values is no multiple of nf4's blocks of 64; lower sam.num_experts, or "
+                             "give precision = 'bf16'")  # fmt: skip
         need = estimate(shape, tier, config).total / GIB
         if need > tier.memory_gib:
             raise InputError(
@@ -142,7 +163,7 @@ def ds_config(tier: TierSection, config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.batch // config.runtime.ranks_per_client,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.clip,
-        "bf16.enabled": tier.precision == "bf16",
+        "bf16.enabled": tier.precision != "fp32",
     }
     values = read_ds_config(tier.ds_config)
     for key, value in filled.items():
@@ -155,6 +176,10 @@ def ds_config(tier: TierSection, config: RunConfig) -> dict[str, Any]:
             raise InputError(f"{tier.ds_config}: {key} = {given} contradicts the run's {value}; write \"auto\"")
         section[last] = value
     values.pop("train_batch_size", None)
+    if tier.precision != "fp32" and not values.get("zero_optimization", {}).get("stage", 0):
+        # Its fp32 copies of what trains are nowhere to be found when the next client's weights come.
+        raise InputError(f"{tier.ds_config}: ZeRO stage 0 with precision = {tier.precision!r} would train every client "
+                         "from the one before; give a stage from 1 to 3 (cpu_zero2.json), or precision = 'fp32'")
     return values
 
 

@@ -117,6 +117,23 @@ class Nf4FFN(SamFFN):
     backend = "nf4"
     nf4: nn.ModuleDict
 
+    @torch.no_grad()
+    def pack(self, tensor: str, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Replace a matrix, given neuron first, one for each slot; `gate_up` (n, 2, d) is both.
+
+        The packed bytes are returned, by the parameter's name in the layer, for whoever knows where ZeRO keeps it.
+        """
+        names = ("gate", "up") if tensor == "gate_up" else (tensor,)
+        values = {}
+        for index, name in enumerate(names):
+            slots = self.nf4[name]
+            parts = [slots.quantize(own[:, index] if len(names) > 1 else own) for own in rows]
+            packed_S, absmax_SB, scale_SG = (torch.stack(own) for own in zip(*parts, strict=True))
+            slots.absmax_SB.copy_(absmax_SB)
+            slots.scale_SG.copy_(scale_SG)
+            values[f"nf4.{name}.packed"] = packed_S
+        return values
+
     def _hidden(self, x_Td: Tensor, slot: int) -> Tensor:
         """(T, n) what an expert's neurons put out."""
         products_Tn = [

@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _convert(commands.add_parser("convert", help="a plain model to one of expert graphs, with calibration text"))
     _inspect(commands.add_parser("inspect", help="sizes, graphs and use of the experts of a converted model"))
     _perplexity(commands.add_parser("perplexity", help="token-weighted perplexity of a model on held-out text"))
+    _plan(commands.add_parser("plan", help="memory, bytes and time of a federation before it runs, without weights"))
     report = commands.add_parser("report", help="write report.html of a run, also of one under way")
     report.add_argument("folder", metavar="RUN", help="the run folder")
     bench = commands.add_parser("bench", help="time one part against a named peer on the same data")
@@ -80,6 +81,15 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of that text, evenly over the domains")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--svg", metavar="FILE", help="draw the graphs of all layers")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="TOML file of the run; its model may be a folder with a config.json only")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--ranks", type=int, default=8, help="of the launch (default 8)")
+    parser.add_argument("--gib", type=float, default=48.0, help="memory of a rank's device (default 48)")
+    parser.add_argument("--tflops", type=float, default=50.0, help="what a rank computes a second (default 50)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _perplexity(parser: argparse.ArgumentParser) -> None:

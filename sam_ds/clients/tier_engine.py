@@ -29,7 +29,6 @@ from sam_ds.clients.tiers import ds_config
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
-from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import (
     Field,
@@ -73,6 +72,9 @@ class TierEngine:
         names = [field.parameter for field in self.weights]
         self._weight_shapes = {name: full_shape(model.get_parameter(name)) for name in names}
         if tier.precision == "nf4":
+            # Imported here: bitsandbytes is slow to load, and writes a warning on a CPU.
+            from sam_ds.experts.nf4 import to_nf4
+
             to_nf4(model)
         self.fields = trained_fields(model, trains)
         self.shared = shared_parameters(model, trains, dense=settings.dense)

@@ -69,7 +69,14 @@ class Estimate:
 
 
 def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimate:
-    """Memory of a client of this tier. ZeRO keeps an fp32 master of what trains beside the compute copy."""
+    """Device memory of a client of this tier, on each of its ranks.
+
+    ZeRO keeps an fp32 master of what trains beside the compute copy; it shards this from stage 1 on, gradients from
+    stage 2, weights at stage 3. What it offloads is not in the estimate.
+    """
+    zero = read_ds_config(tier.ds_config).get("zero_optimization", {})
+    stage, ranks = zero.get("stage", 0), config.runtime.ranks_per_client
+    moved = {name: "device" in zero.get(f"offload_{name}", {}) for name in ("optimizer", "param")}
     share = tier.experts / config.sam.num_experts
     word = 4 if tier.precision == "fp32" else 2
     ffn = shape.layers * shape.ffn_parameters * share
@@ -90,17 +97,19 @@ def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimat
     else:
         matrices = 3 if shape.gated else 2
         trained = shape.layers * matrices * share * shape.neurons * config.train.lora_rank + gates
-    tokens = config.train.batch * config.train.sequence
+    tokens = config.train.batch * config.train.sequence / ranks
     # Per layer: about 12 hidden-sized tensors of the block, and the FFN's inner tensors for the visited share.
     visited = min(config.sam.top_k, tier.experts) / config.sam.num_experts
     per_token = shape.layers * (12 * shape.hidden + 4 * visited * shape.neurons) + 3 * shape.vocabulary
     # In 4 bits half a byte, a byte for every 64 values and a scale for every 256 of those.
     packed = 0.5 + 1 / 64 + 4 / (64 * 256) if tier.precision == "nf4" else word
+    weights = (ffn + other - shape.embeddings) * packed + shape.embeddings * word + (standins + gates) * 4
+    states = trained * (12 if stage else 8)
     return Estimate(
-        weights=int(
-            (ffn + other - shape.embeddings) * packed + shape.embeddings * word + (standins + gates) * 4
-        ), gradients=int(trained * 4),
-        optimizer=int(trained * (12 if _zero_stage(tier) else 8)), activations=int(tokens * per_token * word),
+        weights=0 if moved["param"] else int(weights / (ranks if stage == 3 else 1)),
+        gradients=int(trained * 4 / (ranks if stage >= 2 else 1)),
+        optimizer=0 if moved["optimizer"] else int(states / (ranks if stage else 1)),
+        activations=int(tokens * per_token * word),
     )  # fmt: skip
 
 
@@ -136,10 +145,6 @@ def check_tiers(shape: ModelShape, config: RunConfig) -> None:
                 f"tiers.{name}: {tier.experts} experts with {tier.trains!r} training need about {need:.2f} GiB, "
                 f"memory_gib is {tier.memory_gib}; lower experts or train.batch, or use trains = 'lora'"
             )
-
-
-def _zero_stage(tier: TierSection) -> int:
-    return int(read_ds_config(tier.ds_config).get("zero_optimization", {}).get("stage", 0))
 
 
 def read_ds_config(name: str) -> dict[str, Any]:

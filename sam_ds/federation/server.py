@@ -109,9 +109,13 @@ class Server:
         return sum(4 * self._parameters[field.parameter].numel() // self.num_experts for field in fields)
 
     def other_parameters(self) -> int:
-        """Parameters outside the feed-forward layers that a token passes through: the embedding table is a look-up."""
+        """Parameters outside the feed-forward layers that a token passes through: the embedding table is a look-up, the
+        assembler is asked once a client."""
         ffn = {field.parameter for field in expert_weights(self.model)}
-        own = sum(p.numel() for name, p in self._parameters.items() if name not in ffn and ".sam." not in name)
+        added = (".sam.", ".lora.", "sam_assembler.")
+        own = sum(
+            p.numel() for name, p in self._parameters.items() if name not in ffn and not any(a in name for a in added)
+        )
         tied = self.model.config.tie_word_embeddings
         return own - (0 if tied else self.model.get_input_embeddings().weight.numel())
 

@@ -1,0 +1,146 @@
+"""What a run will need, from its configuration and the model's alone: no weights, no text, no accelerator.
+
+The model is built on the meta device, where tensors have shapes and nothing else, converted there and cut down to each
+tier, so what is counted is what the run's own code makes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import AutoConfig, PreTrainedModel
+
+from sam_ds.clients.tiers import Estimate, ModelShape, check_tiers, dealt_tiers, estimate
+from sam_ds.config import RunConfig, TierSection
+from sam_ds.data.base_model import BaseRecipe, base_config
+from sam_ds.errors import InputError
+from sam_ds.evaluation.costs import ffn_flops, training_flops
+from sam_ds.experts.checkpoint import readable
+from sam_ds.experts.convert import check_architecture
+from sam_ds.experts.model import SamMixin, add_assembler, inject_layers, wrap_ffns
+from sam_ds.experts.slots import to_slots
+from sam_ds.experts.surgery import find_ffns
+from sam_ds.experts.units import Field, expert_weights, prepare, shared_parameters, trained_fields
+from sam_ds.federation.setup import sam_config
+
+GIB = 2**30
+_WIRE = {"raw": 4, "bf16": 2, "int8": 1}
+_COUNTER = 3 * 8
+"""Bytes a pair of slots: used, offered, together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierPlan:
+    """One tier: how many clients, and what one of them takes."""
+
+    name: str
+    clients: int
+    tier: TierSection
+    memory: Estimate
+    """On each rank of its group."""
+    first: int
+    """Bytes of the frozen weights that a client must be given once; of held experts, anew where they change."""
+    down: int
+    """Bytes a round, encoded without any gain from zeros."""
+    up: int
+    flops: float
+    """Of a round's local training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """All tiers, and how a launch of `ranks` runs them."""
+
+    tiers: Sequence[TierPlan]
+    ranks: int
+    groups: int
+    rank_bytes: int
+    """A rank keeps an engine for every tier, and trains in one at a time."""
+
+    def expected(self, what: str, clients: int) -> float:
+        """Of the drawn clients of a round together: `down`, `up` or `flops`."""
+        total = sum(plan.clients for plan in self.tiers)
+        return clients / total * sum(plan.clients * float(getattr(plan, what)) for plan in self.tiers)
+
+    def seconds(self, clients: int, flops_per_second: float) -> float:
+        """Expected time of a round's local training: groups share the work, and the last client is not divided."""
+        speed = flops_per_second * self.ranks / self.groups
+        return max(self.expected("flops", clients) / self.groups, max(plan.flops for plan in self.tiers)) / speed
+
+
+def plan_run(config: RunConfig, *, ranks: int, rank_gib: float) -> RunPlan:
+    """Raises InputError as the run itself would, and where the engines of a rank do not fit into its memory."""
+    if config.method != "sam":
+        raise InputError(f"plan is of method = 'sam', where tiers differ; {config.method} trains the whole model on "
+                         "every client")  # fmt: skip
+    size = config.runtime.ranks_per_client
+    if ranks < 1 or ranks % size:
+        raise InputError(f"--ranks {ranks} is no multiple of runtime.ranks_per_client = {size}")
+    with readable(config.model):
+        embedded = config.model == "embedded"
+        architecture = base_config(BaseRecipe()) if embedded else AutoConfig.from_pretrained(config.model)
+        dense = check_architecture(architecture, sam_config(config))
+    shape = ModelShape.of(dense)
+    check_tiers(shape, config)
+    dealt = dealt_tiers(config)
+    tiers = [
+        _tier_plan(config, shape, dense, name, dealt.count(name))
+        for name, tier in config.tiers.items() if tier.share > 0.0
+    ]  # fmt: skip
+    kept = sum(own.memory.total - own.memory.activations for own in tiers)
+    rank_bytes = kept + max(own.memory.activations for own in tiers)
+    if rank_bytes > rank_gib * GIB:
+        worst = max(tiers, key=lambda own: own.memory.total)
+        raise InputError(f"a rank needs {rank_bytes / GIB:.1f} GiB for the engines of all tiers, it has {rank_gib:g}: "
+                         f"give tiers.{worst.name} fewer experts, precision = 'nf4' or a ds_config that offloads, or "
+                         "raise runtime.ranks_per_client under ZeRO-3")  # fmt: skip
+    return RunPlan(tiers=tiers, ranks=ranks, groups=ranks // size, rank_bytes=rank_bytes)
+
+
+def _tier_plan(config: RunConfig, shape: ModelShape, dense: PreTrainedModel, name: str, clients: int) -> TierPlan:
+    tier, settings = config.tiers[name], config.train
+    model = copy.deepcopy(dense)
+    ffns = find_ffns(model)
+    inject_layers(model, sam_config(config), ffns, wrap_ffns(ffns, sam_config(config)))
+    assert isinstance(model, SamMixin)
+    to_slots(model, tier.experts)
+    add_assembler(model, seed=config.seed)
+    prepare(model, tier.trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=0, dense=settings.dense)
+    sizes = {path: parameter.numel() for path, parameter in model.named_parameters()}
+    fields = trained_fields(model, tier.trains)
+    shared = sum(sizes[path] for path in shared_parameters(model, tier.trains, dense=settings.dense).values())
+    expert = sum(_of_one(field, sizes, tier.experts) for field in fields)
+    trained = {field.parameter for field in fields}
+    frozen = [field for field in expert_weights(model) if field.parameter not in trained]
+    other = sum(size for path, size in sizes.items() if ".sam." not in path and ".lora." not in path)
+    other -= sum(sizes[field.parameter] for field in expert_weights(model))
+    word = _WIRE[config.wire.values]
+    graph = len(model.sam_layers) * config.sam.num_experts**2
+    return TierPlan(
+        name=name, clients=clients, tier=tier, memory=estimate(shape, tier, config),
+        first=2 * (other + tier.experts * sum(_of_one(field, sizes, tier.experts) for field in frozen)),
+        down=word * (tier.experts * expert + shared) + graph,
+        up=word * ((tier.sends or tier.experts) * expert + shared) + _COUNTER * len(model.sam_layers) * tier.experts**2,
+        flops=_flops(config, shape, tier),
+    )  # fmt: skip
+
+
+def _of_one(field: Field, sizes: dict[str, int], slots: int) -> int:
+    return sizes[field.parameter] // slots
+
+
+def _flops(config: RunConfig, shape: ModelShape, tier: TierSection) -> float:
+    """Of one client's local training in a round."""
+    sizes = {"hidden": shape.hidden, "neurons": shape.neurons, "gated": shape.gated}
+    routed = ffn_flops(sam_config(config), active=min(config.sam.top_k, tier.experts), **sizes)
+    held = ffn_flops(sam_config(config), active=tier.experts, **sizes)
+    whole = sum(config.train.whole_steps()) / config.train.steps
+    ffn = shape.layers * (whole * held + (1 - whole) * routed)
+    other = shape.parameters - shape.layers * shape.ffn_parameters - shape.embeddings
+    # The output embedding is a product, the input embedding a look-up.
+    other += shape.vocabulary * shape.hidden
+    tokens = config.train.steps * config.train.batch * config.train.sequence
+    return tokens * training_flops(other_parameters=other, ffn=ffn, frozen=tier.trains == "lora")
+

@@ -37,7 +37,7 @@ def test_layer_prints_one_json_object_or_a_table(capsys: pytest.CaptureFixture[s
 def test_a_peer_has_the_gradients_of_the_layer(name: str) -> None:
     """Without stand-ins the layer computes what the peers do; the gate differs in its softmax only."""
     options = argparse.Namespace(d=16, m=64, experts=8, dtype="fp32", seed=0)
-    dense, layer = bench._layer(options, torch.Generator().manual_seed(0))
+    dense, layer = bench.random_layer(options, torch.Generator().manual_seed(0))
     layer.sam.spread_pd.zero_()
     # The fourth choice finds nothing.
     layer.sam.adjacency_SS.zero_()

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(options.seed)
     dtype, device = _DTYPES[options.dtype], torch.device(options.device)
-    dense, layer = _layer(options, generator)
+    dense, layer = random_layer(options, generator)
     dense, layer = dense.to(device), layer.to(device)
     x_Td, dy_Td = (
         torch.randn(options.tokens, options.d, generator=generator).to(device, dtype).requires_grad_(needed)
@@ -104,12 +104,14 @@ def _check(options: argparse.Namespace) -> list[int]:
     return active
 
 
-def _layer(options: argparse.Namespace, generator: torch.Generator) -> tuple[nn.Module, SamFFN]:
+def random_layer(
+    options: argparse.Namespace, generator: torch.Generator, *, roots: int = SamConfig.roots, density: float = 0.5
+) -> tuple[nn.Module, SamFFN]:
     """The dense FFN and the layer made from it, on the same weights; all that a conversion would fit is random."""
     # A fixed number of experts a token, for the peers know no other.
     config = SamConfig(
         num_experts=options.experts, top_k=options.experts, routing="top_k", standin_rank=min(16, options.d),
-        density=0.5,
+        density=density, roots=roots,
     )  # fmt: skip
 
     def normal(to: Tensor, fan_in: int) -> None:

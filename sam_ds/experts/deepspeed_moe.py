@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sam_ds.errors import InputError
+from sam_ds.experts.grouped import into, pairs_of
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.surgery import hand_back, resize
@@ -134,10 +135,11 @@ class MoeFFN(SamFFN):
         self, x_Td: Tensor, visited_TS: Tensor, weight_TS: Tensor, products_Tr: Sequence[Tensor]
     ) -> Tensor:
         up_dm, gate_dm, down_md = self.matrices()
-        if torch.is_grad_enabled() or not products_Tr:
-            # What the gate was given has no gradient.
-            products_Tr = [x_Td @ matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
-        y_Td = self._complete(x_Td, products_Tr, 0, self.roots) @ down_md
+        # The roots alone, whom every token visits: what the gate was given gets its gradient there.
+        nobody = pairs_of(visited_TS[:, : self.roots], roots=self.roots, neurons=self.neurons)
+        weights = [matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
+        known_Tr = [known for known, _ in into(x_Td, weights, nobody, products_Tr)]
+        y_Td = self._complete(x_Td, known_Tr, 0, self.roots) @ down_md
         gate = self.moe.deepspeed_moe.gate
         gate.visited_TR, gate.weight_TR = visited_TS[:, self.roots :], weight_TS[:, self.roots :]
         return y_Td + self.moe(x_Td)[0]
@@ -190,7 +192,7 @@ def to_deepspeed_moe(model: PreTrainedModel, ep_size: int = 1) -> None:
         _check_plain(layer)
     check_ep_size(model.sam_config.num_experts, model.sam_config.roots, ep_size, dist.get_world_size())
     for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
-        _move(layer, ep_size)
+        spread(layer, ep_size)
         hand_back(original, layer.ffn)
 
 
@@ -224,7 +226,9 @@ def _block(whole: Tensor, index: int, first: int, neurons: int) -> Tensor:
     return whole.narrow(1 if index < 2 else 0, first, neurons)
 
 
-def _move(layer: SamFFN, ep_size: int) -> None:
+@torch.no_grad()
+def spread(layer: SamFFN, ep_size: int) -> None:
+    """`to_deepspeed_moe` of one layer, unchecked."""
     whole = _tensors(layer)
     up_b, gate_b = whole[3:]
     like = layer.matrices()[0]
@@ -254,6 +258,7 @@ def _move(layer: SamFFN, ep_size: int) -> None:
     layer.__class__ = MoeFFN
 
 
+@torch.no_grad()
 def _gather(layer: MoeFFN) -> None:
     moe, roots = layer.moe, _tensors(layer)
     trains = layer.matrices()[0].requires_grad

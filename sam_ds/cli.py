@@ -72,6 +72,9 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=field, type=type(default), default=default, help=f"{text} (default {default})")
     parser.add_argument("--distill", metavar="STEPS", type=int, default=0,
                         help="of training the stand-ins towards the dense model after it")  # fmt: skip
+    parser.add_argument("--distill-lora", metavar="RANK", type=int, default=0,
+                        help="of an update of the experts trained with them and folded in (32 is good; default 0: all "
+                             "experts visited stays the dense model)")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where the model is while it is converted, such as cuda")
 
 

@@ -72,11 +72,22 @@ def test_a_distilled_folder_is_still_the_dense_model_when_all_are_visited(tiny, 
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_an_update_of_the_experts_is_distilled_and_folded_in(tiny, tmp_path):
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "3", "--distill-lora", "2") == 0
+    ids = torch.arange(3, 35)[None]
+    plain, model = AutoModelForCausalLM.from_pretrained(tiny.model), from_pretrained(tmp_path / "out")
+    with torch.no_grad(), model.active(8):
+        difference = (model(ids).logits - plain(ids).logits).abs().max()
+    assert 1e-4 < difference < 1.0
+
+
 def test_a_distillation_of_nothing_is_refused(tiny, tmp_path, capsys):
     assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "3", "--standin", "none") == 2
     assert "nothing to distill" in capsys.readouterr().err
     assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill", "-1") == 2
     assert "steps of a distillation must be at least 1, got -1" in capsys.readouterr().err
+    assert convert(tiny.model, tmp_path / "out", tiny.corpus, *SMALL, "--distill-lora", "4") == 2
+    assert "--distill-lora 4 is of a distillation: give --distill STEPS too" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -31,9 +31,12 @@ def run(options: argparse.Namespace) -> int:
     """Raises InputError for what `SamConfig`, `load_corpus` and `get_sam_model` refuse, a model that cannot be read
     or is converted already, a device that there is not, and an OUT that is not empty or cannot be written."""
     config = SamConfig(**{field.name: getattr(options, field.name) for field in fields(SamConfig)})
-    distillation = DistillConfig(steps=options.distill, seed=options.seed) if options.distill else None
-    if distillation is not None:
+    distillation = None
+    if options.distill:
+        distillation = DistillConfig(steps=options.distill, lora_rank=options.distill_lora, seed=options.seed)
         check_distillation(distillation, config.standin)
+    elif options.distill_lora:
+        raise InputError(f"--distill-lora {options.distill_lora} is of a distillation: give --distill STEPS too")
     device = _device(options.device)
     if options.tokens < 1:
         raise InputError(f"--tokens must be at least 1, got {options.tokens}")
@@ -48,12 +51,15 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     texts = {name: splits.train for name, splits in corpus.domains.items()}
-    ids_BS = token_rows(texts, tokenizer, window=window_of(model), tokens=options.tokens)
+    window = window_of(model)
+    ids_BS = token_rows(texts, tokenizer, window=window, tokens=options.tokens)
     with _complete(Path(options.out)) as folder:
         start = time.perf_counter()
         get_sam_model(model.to(device), config, calibration=ids_BS)
         if distillation is not None:
-            distill(model, ids_BS, distillation)
+            # Rows that it sees again it learns by heart.
+            fresh = max(options.tokens, distillation.steps * distillation.rows * window)
+            distill(model, token_rows(texts, tokenizer, window=window, tokens=fresh), distillation)
         seconds = time.perf_counter() - start
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -25,6 +25,8 @@ parser.add_argument("--ep-size", type=int)
 parser.add_argument("--steps", type=int, default=8)
 parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
 options = parser.parse_args()
+if options.ep_size and options.zero == 3:
+    parser.error("DeepSpeed's MoE layers know no ZeRO-3: give --zero 2, or leave out --ep-size, and ZeRO-3 shards all")
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler, and serves only inference
 deepspeed.init_distributed()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from in_process import Federation, task_for
 
 from sam_ds.federation.metrics import active_flops
@@ -56,6 +58,30 @@ def test_same_task_same_answer_whoever_trained_between(kind):
     worker.register(MEDIUM, "medium", server.trains)
     assert_same(first, worker.train(task))
     assert any(delta.any() for delta in first.deltas.values())
+
+
+def live_bytes():
+    """Of all tensors that something still holds."""
+    gc.collect()
+    storages = {}
+    for value in gc.get_objects():
+        # Not isinstance, which asks things that answer with a warning for their class.
+        if issubclass(type(value), torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_memory_stays_what_it_was_over_fifty_rounds(kind):
+    """Clients of every tier come and go; the first of each tier builds its engine, and no round after it leaves
+    anything behind."""
+    worker, server = kind
+    for client in (SMALL, MEDIUM, LARGE):
+        worker.train(task_for(server, client))
+    before = live_bytes()
+    for round_ in range(2, 52):
+        worker.train(task_for(server, (SMALL, MEDIUM, LARGE)[round_ % 3], round_=round_))
+    assert live_bytes() <= 1.001 * before
 
 
 def test_round_and_held_experts_matter(kind):

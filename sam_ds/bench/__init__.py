@@ -15,7 +15,7 @@ from typing import Any
 from sam_ds.bench.timing import machine
 from sam_ds.errors import InputError
 
-BENCHMARKS = ("cluster", "convert", "layer", "moe")
+BENCHMARKS = ("cluster", "convert", "layer", "moe", "tiers", "zero")
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sam_ds.bench.layer import gated_ffn, random_layer
+from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
 
@@ -43,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rows: a layer and ep_size, seconds of rank 0. Ratios: ours / each of DeepSpeed's."""
     sizes = _check(options)
-    with TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (options, sizes, folder), nprocs=options.ranks)
-        medians = json.loads((Path(folder) / "medians.json").read_text())
+    medians = on_ranks(options.ranks, _medians, options, sizes)
     table, ratios = [], {}
     for ep, own in zip(sizes, medians, strict=True):
         table += [
@@ -102,16 +97,10 @@ class _Stock(nn.Module):
         return y_Td if self.roots is None else y_Td + self.roots(x_Td)
 
 
-def _rank(rank: int, options: argparse.Namespace, sizes: list[int], folder: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
-    import deepspeed
-
+def _medians(rank: int, options: argparse.Namespace, sizes: list[int]) -> list[dict[str, float]]:
+    """Seconds by layer, for every ep_size."""
     from sam_ds.experts.deepspeed_moe import MoeFFN, spread
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
-    deepspeed.init_distributed("gloo", verbose=False)
     # Every rank makes the same layer, and reads tokens of its own.
     _, views = random_layer(options, torch.Generator().manual_seed(options.seed), roots=options.roots, density=1.0)
     views.top_k = options.active
@@ -137,10 +126,7 @@ def _rank(rank: int, options: argparse.Namespace, sizes: list[int], folder: str)
         calls = {name: _call(one, x_Td, dy_Td) for name, one in (layers | {"views": views}).items()}
         timed = interleave(calls, rounds=options.rounds)
         medians.append({name: own.median for name, own in timed.items()})
-    if rank == 0:
-        (Path(folder) / "medians.json").write_text(json.dumps(medians))
-    dist.barrier()
-    dist.destroy_process_group()
+    return medians
 
 
 def _call(layer: nn.Module, x_Td: Tensor, dy_Td: Tensor) -> Callable[[int], None]:

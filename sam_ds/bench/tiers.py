@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if not SamConfig.roots < options.held < options.experts:
         raise InputError(f"--held must be above the root and below --experts {options.experts}, got {options.held}")
-    generator = torch.Generator().manual_seed(options.seed)
     with TemporaryDirectory() as folder:
-        _convert(options, generator).save_pretrained(folder)
+        model = converted_llama(options, top_k=options.held, standin_rank=options.standin_rank)
+        model.save_pretrained(folder)
         clients = {held: _client(options, folder, held) for held in (options.held, options.experts)}
-    x_Td, dy_Td = (torch.randn(options.tokens, options.d, generator=generator) for _ in range(2))
+    x_Td, dy_Td = (torch.randn(options.tokens, options.d) for _ in range(2))
     calls = {str(held): lambda _, own=model: _step(own, x_Td, dy_Td) for held, model in clients.items()}
     timed = interleave(calls, rounds=options.rounds)
     found = {held: {"step": timed[str(held)].median} | _sizes(options, model) for held, model in clients.items()}
@@ -63,16 +63,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "ratios": {what: small[what] / large[what] for what in small if large[what]}}
 
 
-def _convert(options: argparse.Namespace, generator: torch.Generator) -> PreTrainedModel:
+def converted_llama(
+    options: argparse.Namespace, *, top_k: int, standin_rank: int = SamConfig.standin_rank
+) -> PreTrainedModel:
+    """A Llama of random weights of the options' sizes; neurons are clustered, and not regrouped."""
+    torch.manual_seed(options.seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=512, hidden_size=options.d, intermediate_size=options.m, num_hidden_layers=options.layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
     )).eval()  # fmt: skip
     config = SamConfig(
-        num_experts=options.experts, top_k=options.held, routing="top_k", allocation="uniform", regroups=0,
-        standin_rank=min(options.standin_rank, options.d),
+        num_experts=options.experts, top_k=top_k, routing="top_k", allocation="uniform", regroups=0,
+        standin_rank=min(standin_rank, options.d),
     )  # fmt: skip
-    ids_BS = torch.randint(512, (4 * options.experts, 128), generator=generator)
+    ids_BS = torch.randint(512, (4 * options.experts, 128))
     return get_sam_model(model, config, calibration=ids_BS, progress=False)
 
 

@@ -8,10 +8,8 @@ they say what ZeRO-3 costs where nothing hides its messages.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,12 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from sam_ds.bench.ranks import on_ranks
+from sam_ds.bench.tiers import converted_llama
 from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import from_pretrained
-from sam_ds.experts.config import SamConfig
-from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.units import prepare
 
 _CASES = ("fp32 full", "bf16 full", "bf16 lora", "nf4 lora")
@@ -52,9 +49,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--stages must be of 0, 1, 2 and 3, got {options.stages}")
     cases = [(case, stage) for case in _CASES for stage in stages]
     with TemporaryDirectory() as folder:
-        _convert(options).save_pretrained(Path(folder) / "model")
-        torch.multiprocessing.spawn(_rank, (options, cases, folder), nprocs=options.ranks)
-        rows = json.loads((Path(folder) / "rows.json").read_text())
+        converted_llama(options, top_k=max(2, options.experts // 4)).save_pretrained(folder)
+        rows = on_ranks(options.ranks, _rows, options, cases, folder)
     by = {(row["trains"], row["stage"]): row for row in rows}
     ratios = {
         f"{case} stage {stage} / 0": by[case, stage]["bytes"] / by[case, 0]["bytes"]
@@ -66,34 +62,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }}  # fmt: skip
 
 
-def _convert(options: argparse.Namespace) -> Any:
-    torch.manual_seed(options.seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=512, hidden_size=options.d, intermediate_size=options.m, num_hidden_layers=options.layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
-    )).eval()  # fmt: skip
-    config = SamConfig(
-        num_experts=options.experts, top_k=max(2, options.experts // 4), routing="top_k", allocation="uniform",
-        regroups=0,
-    )  # fmt: skip
-    ids_BS = torch.randint(512, (4 * options.experts, 128))
-    return get_sam_model(model, config, calibration=ids_BS, progress=False)
-
-
-def _rank(rank: int, options: argparse.Namespace, cases: list[tuple[str, int]], folder: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
+def _rows(
+    rank: int, options: argparse.Namespace, cases: Sequence[tuple[str, int]], folder: str
+) -> list[dict[str, Any]]:
     import deepspeed
 
     from sam_ds.experts.nf4 import to_nf4
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
-    deepspeed.init_distributed("gloo", verbose=False)
     rows = []
     for case, stage in cases:
         precision, trains = case.split()
-        model = from_pretrained(f"{folder}/model", dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+        model = from_pretrained(folder, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
         if precision == "nf4":
             to_nf4(model)
         prepare(model, trains, rank=16, alpha=16, seed=0, dense=trains == "full")
@@ -120,10 +99,7 @@ def _rank(rank: int, options: argparse.Namespace, cases: list[tuple[str, int]], 
             "step_s": float(np.median(seconds[1:])),
         })  # fmt: skip
         engine.destroy()
-    if rank == 0:
-        (Path(folder) / "rows.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows
 
 
 def _settings(precision: str, stage: int) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""A function on several ranks of this machine, over gloo: what benchmarks of distributed layers are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work(rank, *arguments)` in a process for every rank, one thread each; returns what rank 0 did, as JSON."""
+    with TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (ranks, work, arguments, folder), nprocs=ranks)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def _rank(rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...], folder: str) -> None:
+    # What a launcher would say; DeepSpeed reads it.
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    import deepspeed
+
+    # Its compiled op is for tensor-parallel inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    deepspeed.init_distributed("gloo", verbose=False)
+    result = work(rank, *arguments)
+    if rank == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Low-rank updates of the experts, from and to PEFT."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from families import FAMILIES, build, close, convert, logits
 from peft import LoraConfig, PeftModel
 
 from sam_ds.errors import InputError
-from sam_ds.experts.adapter import add_lora, save_adapter
+from sam_ds.experts.adapter import add_lora, load_adapter, save_adapter
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.slots import to_slots
@@ -30,6 +31,13 @@ def test_stock_peft_loads_the_slices_onto_the_plain_model(family, tmp_path):
     with model.active(8):
         ours = logits(model)
     close(logits(peft), ours)
+    # Put on the model as it was, with the gates that trained.
+    again = convert(build(family), CONFIG)
+    with torch.no_grad():
+        for layer in again.sam_layers:
+            layer.sam.wg.zero_()
+    load_adapter(again, tmp_path)
+    close(logits(again), logits(model))
     merged = peft.merge_and_unload()
     close(logits(merged), logits(model.merge_and_unload()))
 
@@ -52,6 +60,8 @@ def test_an_adapter_trained_on_4_bits_goes_on_the_model_as_it_was(tiny_llama, tm
     ({"lora_dropout": 0.1}, r"lora_dropout=0.1, which slices by expert do not know"),
     ({"use_dora": True}, "use_dora=True"),
     ({"rank_pattern": {"up_proj": 4}}, "rank_pattern"),
+    ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+    ({"exclude_modules": ["up_proj"]}, "exclude_modules"),
     ({"target_modules": ["q_proj"]}, r"must be \['down_proj', 'gate_proj', 'up_proj'\].*attention with get_peft_model"),
     ({"target_modules": "all-linear"}, "all-linear"),
 ])  # fmt: skip
@@ -70,6 +80,18 @@ def test_what_has_no_adapter_is_refused(tiny_llama, tmp_path):
     model = convert(dense, CONFIG)
     with pytest.raises(InputError, match="no low-rank updates"):
         save_adapter(model, tmp_path)
+    add_lora(model, LoraConfig(r=2))
+    sharded = model.sam_layers[0].lora.up_rows
+    sharded.ds_shape, sharded.data = sharded.shape, torch.empty(0)
+    with pytest.raises(InputError, match="GatheredParameters"):
+        save_adapter(model, tmp_path)
+    model.unload()
+    model = convert(tiny_llama(), CONFIG)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    with pytest.raises(InputError, match="holds no adapter of this model"):
+        load_adapter(model, tmp_path)
+    assert all(layer.lora is None for layer in model.sam_layers)
+    (tmp_path / "adapter_config.json").unlink()
     to_slots(model, 4)
     add_lora(model, LoraConfig(r=2))
     with pytest.raises(InputError, match="holds 4 of 8 experts"):

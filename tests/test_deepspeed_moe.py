@@ -15,6 +15,8 @@ from sam_ds.clients.engine import deepspeed
 from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.deepspeed_moe import DagMaskGate, MoeFFN, check_ep_size, places_of, to_deepspeed_moe, to_views
+from sam_ds.experts.distill import DistillConfig, distill
+from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.units import prepare
 
 CONFIG = SamConfig(num_experts=8, top_k=3, roots=1, standin_rank=4)
@@ -73,6 +75,18 @@ def test_gradients_are_those_of_the_views(tiny_llama):
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
     assert all(layer.sam.wg.grad.any() for layer in ours.sam_layers)
+
+
+def test_what_is_frozen_stays_frozen(tiny_gpt2):
+    model = convert(tiny_gpt2(), CONFIG)
+    prepare(model, "full", rank=0, alpha=0, seed=0, dense=False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert not before["transformer.h.0.mlp.c_proj.bias"] and before["transformer.h.0.mlp.c_proj.weight"]
+    to_deepspeed_moe(model)
+    assert not model.get_parameter("transformer.h.0.mlp.c_proj.bias").requires_grad
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".moe." in name)
+    to_views(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 def test_the_gate_keeps_the_contract():
@@ -149,6 +163,16 @@ def test_what_cannot_be_moved_is_refused_and_left_alone(tiny_llama, tmp_path, mo
             refused()
     with pytest.raises(InputError, match="already"):
         to_deepspeed_moe(model)
+    with pytest.raises(InputError, match="say what trains before to_deepspeed_moe"):
+        prepare(model, "lora", rank=2, alpha=4, seed=0)
+    with pytest.raises(InputError, match="before the model is distilled"):
+        distill(model, tokens(), DistillConfig(steps=1), progress=False)
+    four_bits = convert(tiny_llama(), CONFIG)
+    to_nf4(four_bits)
+    with pytest.raises(InputError, match="the experts are in nf4"):
+        to_deepspeed_moe(four_bits)
+    with pytest.raises(InputError, match="not converted"):
+        to_views(tiny_llama())
     close(logits(model), before)
 
 

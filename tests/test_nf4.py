@@ -12,6 +12,7 @@ from torch import nn
 
 from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
+from sam_ds.experts.distill import DistillConfig, distill
 from sam_ds.experts.nf4 import Nf4FFN, Nf4Slots, check_nf4, to_nf4
 from sam_ds.experts.surgery import matrix
 from sam_ds.experts.units import prepare
@@ -118,6 +119,35 @@ def test_nothing_stays_behind_unseen(tiny_llama):
     model.model.layers[1].self_attn.extra = Other()
     with pytest.raises(InputError, match=r"layers.1.self_attn.extra.weight is still in torch.float32.*Other"):
         check_nf4(model)
+    fresh = convert(tiny_llama(), CONFIG)
+    fresh.model.layers[1].self_attn.extra = Other()
+    before = logits(fresh)
+    with pytest.raises(InputError, match=r"extra.weight would stay in torch.float32.*Other"):
+        to_nf4(fresh)
+    assert torch.equal(logits(fresh), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_afterwards_is_noticed(tiny_llama, dtype):
+    model = convert(tiny_llama(), CONFIG)
+    to_nf4(model)
+    with pytest.raises(InputError, match=f"cast from torch.float32 to {dtype} after to_nf4"):
+        model.to(dtype).sam_layers[0](torch.zeros(3, 32, dtype=dtype))
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_updates_in_fp32_beside_weights_in_half_precision(tiny_llama, four_bits):
+    """Without autocast, which a plain loop and generate() do not have."""
+    model = convert(tiny_llama().bfloat16(), CONFIG)
+    if four_bits:
+        to_nf4(model)
+    prepare(model, "lora", rank=2, alpha=4, seed=0)
+    ids = tokens(3, 17, seed=2)
+    for k in (8, 3):
+        with model.active(k):
+            model(input_ids=ids, labels=ids).loss.backward()
+    lora = model.sam_layers[1].lora
+    assert lora.up_rows.dtype == torch.float32 and lora.up_rows.grad.any()
 
 
 def test_what_cannot_be_quantized_is_refused_and_left_alone(tiny_llama, tmp_path):
@@ -134,8 +164,10 @@ def test_what_cannot_be_quantized_is_refused_and_left_alone(tiny_llama, tmp_path
     to_nf4(model)
     with pytest.raises(InputError, match="nf4 is of the torch back end"):
         to_nf4(model)
+    with pytest.raises(InputError, match="cannot be distilled: its weights are in 4 bits"):
+        distill(model, tokens(), DistillConfig(steps=1), progress=False)
     with pytest.raises(InputError, match="trains = 'full'"):
         prepare(model, "full", rank=0, alpha=0, seed=0)
     for refused in (lambda: model.save_pretrained(tmp_path), model.unload, model.merge_and_unload, model.fold_lora):
-        with pytest.raises(InputError, match="4 bits.*save_adapter"):
+        with pytest.raises(InputError, match="(saved|merged|unloaded): its weights are in 4 bits.*save_adapter"):
             refused()

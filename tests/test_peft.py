@@ -8,6 +8,7 @@ from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.model import SamMixin
+from sam_ds.experts.nf4 import to_nf4
 
 IDS = torch.randint(3, 97, (40, 32), generator=torch.Generator().manual_seed(1))
 
@@ -35,6 +36,13 @@ def test_adapters_on_the_attention_train_and_merge(tiny_llama):
         merged = adapted.merge_and_unload()
         assert isinstance(merged, SamMixin)
         torch.testing.assert_close(merged(input_ids=IDS[:4]).logits, before, atol=1e-5, rtol=1e-5)
+
+
+def test_four_bits_come_before_adapters(tiny_llama):
+    model = convert(tiny_llama())
+    adapt(model, "q_proj")
+    with pytest.raises(InputError, match="q_proj carries an adapter: quantize first"):
+        to_nf4(model)
 
 
 def test_adapters_on_the_experts_are_refused_and_not_passed_by(tiny_llama):

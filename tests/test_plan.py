@@ -22,7 +22,8 @@ CLIENTS = {"small": 0, "medium": 4, "large": 5}
 LORA = tuple(f"tiers.{tier}.trains=lora" for tier in CLIENTS)
 
 
-@pytest.mark.parametrize("overrides", [(), LORA, (*LORA, "train.dense=false", "tiers.large.sends=3")])
+@pytest.mark.parametrize("overrides", [(), LORA, (*LORA, "train.dense=false", "tiers.large.sends=3"),
+                                       (*LORA, "wire.values=bf16")])
 def test_bytes_and_flops_are_those_of_a_run(tiny, new_worker, tmp_path, overrides):
     config = tiny.config(tmp_path, *overrides)
     server = Federation.of(config, tiny.base).server
@@ -35,7 +36,10 @@ def test_bytes_and_flops_are_those_of_a_run(tiny, new_worker, tmp_path, override
         sent = sum(value.nbytes for unit, value in task.units.items())
         assert own.down == sent + task.graph_LEE.nbytes
         counters = sum(value.nbytes for value in result.counters)
-        assert own.up == sum(value.nbytes for value in result.deltas.values()) + counters
+        width = 2 if config.wire.values == "bf16" else 4
+        assert own.up == width * sum(value.size for value in result.deltas.values()) + counters
+        # Where everything trains nothing is frozen.
+        assert (own.first > 0) == (overrides != ())
         held = ClientPlan(
             client=task.client, tier=own.name, experts=task.held, h=np.ones((2, 8)), pi=1.0, sent=task.sent
         )  # fmt: skip

@@ -80,6 +80,19 @@ def test_precisions_that_cannot_train_so_are_refused(values, message):
         check_tiers(SHAPE, replace(CONFIG, tiers={"phone": tier(**values)}))
 
 
+@pytest.mark.parametrize(("zero", "moved"), [({}, False), ({"offload_optimizer": None}, False),
+    ({"offload_optimizer": {"device": "none"}}, False), ({"offload_optimizer": {"device": "cpu"}}, True)])  # fmt: skip
+def test_what_is_offloaded_is_not_on_the_device(tmp_path, zero, moved):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2} | zero}))
+    assert (estimate(SHAPE, tier(ds_config=str(tmp_path / "own.json")), CONFIG).optimizer == 0) == moved
+
+
+def test_a_section_that_is_no_section_is_refused(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps({"bf16": "auto"}))
+    with pytest.raises(InputError, match="bf16 = 'auto' must be an object"):
+        ds_config(tier(ds_config=str(tmp_path / "own.json")), CONFIG)
+
+
 def test_nf4_wants_whole_blocks_and_bf16_a_machine_that_has_it(monkeypatch):
     four = replace(CONFIG, tiers={"phone": tier(precision="nf4", trains="lora")})
     check_tiers(SHAPE, four)

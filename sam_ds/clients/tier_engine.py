@@ -106,7 +106,7 @@ class TierEngine:
         write_parameters(self.engine, values)
         reset_optimizer(self.engine)
         for layer in self.layers:
-            layer.counters = no_counts(layer.slots) if self.sparse else None
+            layer.counters = no_counts(layer.slots, layer.sam.wg.device) if self.sparse else None
         self.engine.train()
         return units
 
@@ -200,9 +200,11 @@ class TierEngine:
         ]
         self._visit(whole=False)
         self.engine.eval()
-        self.engine(input_ids=ids_BS.to(self.engine.device), use_cache=False)
-        for handle in handles:
-            handle.remove()
+        try:
+            self.engine(input_ids=ids_BS.to(self.engine.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
         return torch.stack(scores).cpu().numpy(), torch.stack(rates).cpu().numpy()
 
     def close(self) -> None:
@@ -210,7 +212,7 @@ class TierEngine:
         self.engine.destroy()
 
 
-def no_counts(slots: int) -> Counters:
+def no_counts(slots: int, device: torch.device | str = "cpu") -> Counters:
     """Counters at zero."""
-    empty = torch.zeros(slots, slots, dtype=torch.int64)
+    empty = torch.zeros(slots, slots, dtype=torch.int64, device=device)
     return Counters(used_SS=empty, offered_SS=empty, together_SS=empty)

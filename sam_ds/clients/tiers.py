@@ -76,7 +76,9 @@ def estimate(shape: ModelShape, tier: TierSection, config: RunConfig) -> Estimat
     """
     zero = read_ds_config(tier.ds_config).get("zero_optimization", {})
     stage, ranks = zero.get("stage", 0), config.runtime.ranks_per_client
-    moved = {name: "device" in zero.get(f"offload_{name}", {}) for name in ("optimizer", "param")}
+    moved = {
+        name: (zero.get(f"offload_{name}") or {}).get("device", "none") != "none" for name in ("optimizer", "param")
+    }
     share = tier.experts / config.sam.num_experts
     word = 4 if tier.precision == "fp32" else 2
     ffn = shape.layers * shape.ffn_parameters * share
@@ -176,6 +178,9 @@ def ds_config(tier: TierSection, config: RunConfig) -> dict[str, Any]:
         section = values
         for name in outer:
             section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise InputError(f"{tier.ds_config}: {name} = {section!r} must be an object; leave it out, or write "
+                                 f"{{{last!r}: \"auto\"}}")  # fmt: skip
         given = section.get(last, "auto")
         if given not in ("auto", value):
             raise InputError(f"{tier.ds_config}: {key} = {given} contradicts the run's {value}; write \"auto\"")

@@ -6,11 +6,12 @@ plain model of the same folder. Where gate and up are one fused map, its pair ha
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,10 +21,13 @@ from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.units import prepare
 
-_UNKNOWN = {
-    "lora_dropout": 0.0, "bias": "none", "use_dora": False, "use_rslora": False, "modules_to_save": None,
-    "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {},
-}  # fmt: skip
+_READ = ("r", "lora_alpha", "target_modules")
+_ABOUT = (
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "auto_mapping",
+    "fan_in_fan_out", "runtime_config",
+)  # fmt: skip
+"""What of a `LoraConfig` says nothing of the updates themselves, or follows from the model."""
+_GATES = "sam_gates.safetensors"
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> None:
@@ -36,10 +40,10 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> No
         raise InputError("model is not converted; call get_sam_model first")
     if any(layer.lora is not None for layer in model.sam_layers):
         raise InputError("model has low-rank updates already; save_adapter or fold_lora() first")
-    for name, default in _UNKNOWN.items():
-        value = getattr(config, name)
-        if (value or default) != default:
-            raise InputError(f"LoraConfig has {name}={value!r}, which slices by expert do not know; leave it at "
+    for field in fields(LoraConfig):
+        value, default = getattr(config, field.name), getattr(LoraConfig(), field.name)
+        if field.name not in (*_READ, *_ABOUT) and value != default:
+            raise InputError(f"LoraConfig has {field.name}={value!r}, which slices by expert do not know; leave it at "
                              f"{default!r}")  # fmt: skip
     names = {name for layer in model.sam_layers for name in layer.ffn_names if name is not None}
     wanted = config.target_modules
@@ -76,7 +80,12 @@ def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write what `PeftModel.from_pretrained(plain, folder)` reads; `plain` has the neurons in this model's order."""
+    """Write what `PeftModel.from_pretrained(plain, folder)` reads, where `plain` has the neurons in this model's order;
+    beside it, in a file that PEFT does not read, the gates for `load_adapter`.
+
+    Raises InputError as `adapter_state`. Under ZeRO-3, call it inside
+    `deepspeed.zero.GatheredParameters(model.parameters())`, on every rank.
+    """
     state = adapter_state(model)
     paths, lora = _paths(model), model.sam_layers[0].lora
     rank = lora.up_in.shape[1]
@@ -91,8 +100,44 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     )  # fmt: skip
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(state, Path(folder) / "adapter_model.safetensors")
+    gates = {f"{index}": layer.sam.wg.detach().cpu().contiguous() for index, layer in enumerate(model.sam_layers)}
+    save_file(gates, Path(folder) / _GATES)
     config.inference_mode = True
     config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put what `save_adapter` wrote on a model converted alike: its updates, and its gates.
+
+    Raises InputError as `add_lora`, and where the folder is not of such a model.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    rank, alpha = config.r, config.lora_alpha
+    add_lora(model, LoraConfig(r=rank, lora_alpha=alpha))
+    try:
+        state = load_file(Path(folder) / "adapter_model.safetensors")
+        gates = load_file(Path(folder) / _GATES)
+        for index, (layer, (up, gate, down)) in enumerate(zip(model.sam_layers, _paths(model), strict=True)):
+            lora, name = layer.lora, "base_model.model.{}.lora_{}.weight".format
+            lora.down_rows.copy_(state[name(down, "A")].t())
+            lora.down_out.copy_(state[name(down, "B")].t())
+            a_Ri, b_oR = state[name(up, "A")], state[name(up, "B")]
+            if gate == up:
+                m = len(b_oR) // 2
+                lora.gate_in.copy_(a_Ri[:rank].t())
+                lora.gate_rows.copy_(b_oR[:m, :rank])
+                a_Ri, b_oR = a_Ri[rank:], b_oR[m:, rank:]
+            elif gate is not None:
+                lora.gate_in.copy_(state[name(gate, "A")].t())
+                lora.gate_rows.copy_(state[name(gate, "B")])
+            lora.up_in.copy_(a_Ri.t())
+            lora.up_rows.copy_(b_oR)
+            layer.sam.wg.copy_(gates[f"{index}"])
+    except (KeyError, RuntimeError, OSError) as error:
+        for layer in model.sam_layers:
+            layer.lora = None
+        raise InputError(f"{folder} holds no adapter of this model: {str(error).splitlines()[0]}") from error
 
 
 def _adapted(model: PreTrainedModel) -> list[SamFFN]:
@@ -101,6 +146,9 @@ def _adapted(model: PreTrainedModel) -> list[SamFFN]:
     for layer in model.sam_layers:
         if layer.lora is None:
             raise InputError("model has no low-rank updates; add_lora puts them on it")
+        if any(hasattr(value, "ds_shape") and value.numel() == 0 for value in layer.lora.parameters()):
+            raise InputError("ZeRO-3 has cut the low-rank updates into shards: save them inside "
+                             "deepspeed.zero.GatheredParameters(model.parameters())")  # fmt: skip
         if layer.slots < layer.num_experts:
             raise InputError(f"{layer.ffn.path} holds {layer.slots} of {layer.num_experts} experts, an adapter is of "
                              "all: save it where they are together")  # fmt: skip

@@ -71,7 +71,7 @@ def get_sam_model(
     training = model.training
     model.eval()
     try:
-        check_layers(model, ffns, layers, batches[0][:1])
+        check_layers(model, ffns, layers, next(ids_BS[:1] for ids_BS in batches if ids_BS.numel()))
         some = evenly(batches, DISCOVERY_TOKENS)
         fisher = None
         if config.allocation == "sensitivity":

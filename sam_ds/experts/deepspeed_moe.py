@@ -4,7 +4,7 @@ The same routes and the same numbers as the `torch` back end. Roots and stand-in
 inside it that every token visits would make the capacity, to which all experts are padded, the number of tokens.
 Where ep_size does not divide the experts beside the roots, the last ranks hold one fewer.
 
-DeepSpeed computes MoE layers under ZeRO 0 to 2 only (ecosystem: stage 3 is refused by its engine).
+DeepSpeed computes MoE layers under ZeRO 0 to 2; its engine refuses stage 3.
 
 Legend: T tokens, S slots, J most experts beside the roots that a token visits, n neurons an expert, d hidden.
 """
@@ -186,6 +186,9 @@ def to_deepspeed_moe(model: PreTrainedModel, ep_size: int = 1) -> None:
     for layer in model.sam_layers:
         if layer.backend == "deepspeed":
             raise InputError("the experts are in DeepSpeed's MoE layers already; call to_views(model) first")
+        if layer.backend != "torch":
+            raise InputError(f"the experts are in {layer.backend}, which DeepSpeed's MoE layers do not compute: load "
+                             "the model in full or half precision, or stay with the torch back end")  # fmt: skip
         if layer.lora is not None:
             raise InputError("model has low-rank updates, which the deepspeed back end does not compute: fold_lora() "
                              "them, or stay with the torch back end")  # fmt: skip
@@ -199,7 +202,8 @@ def to_deepspeed_moe(model: PreTrainedModel, ep_size: int = 1) -> None:
 @torch.no_grad()
 def to_views(model: PreTrainedModel) -> None:
     """The inverse, in place: every rank has all experts again, as slices of the FFN's matrices. Collective."""
-    assert isinstance(model, SamMixin)
+    if not isinstance(model, SamMixin):
+        raise InputError("model is not converted; call get_sam_model first")
     for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
         if isinstance(layer, MoeFFN):
             _gather(layer)
@@ -250,9 +254,8 @@ def spread(layer: SamFFN, ep_size: int) -> None:
         for index, (target, source) in enumerate(zip(own[local].tensors(), whole, strict=True)):
             if target is not None and source is not None:
                 target.copy_(_block(source, index, first, layer.neurons))
-    trains = like.requires_grad
-    moe.requires_grad_(trains)
-    _resize(layer, whole, layer.roots * layer.neurons, trains)
+    moe.requires_grad_(like.requires_grad)
+    _resize(layer, whole, layer.roots * layer.neurons)
     moe.train(layer.training)
     layer.moe = moe
     layer.__class__ = MoeFFN
@@ -261,9 +264,8 @@ def spread(layer: SamFFN, ep_size: int) -> None:
 @torch.no_grad()
 def _gather(layer: MoeFFN) -> None:
     moe, roots = layer.moe, _tensors(layer)
-    trains = layer.matrices()[0].requires_grad
     places = moe.deepspeed_moe.gate.place_R.tolist()
-    _resize(layer, roots, layer.slots * layer.neurons, trains)
+    _resize(layer, roots, layer.slots * layer.neurons)
     whole, own = _tensors(layer), _own(moe)
     group, ranks = moe.deepspeed_moe.ep_group, moe.ep_size
     for routed, place in enumerate(places):
@@ -288,13 +290,10 @@ def _own(moe: MoE) -> nn.ModuleList:
     return own
 
 
-def _resize(layer: SamFFN, before: Sequence[Tensor | None], neurons: int, trains: bool) -> None:
+def _resize(layer: SamFFN, before: Sequence[Tensor | None], neurons: int) -> None:
     """Give the layer's own matrices so many neurons; the first are those of `before`."""
     resize(layer.ffn, neurons)
     for index, (target, source) in enumerate(zip(_tensors(layer), before, strict=True)):
         if target is not None and source is not None:
             kept = min(target.shape[1 if index < 2 else 0], source.shape[1 if index < 2 else 0])
             _block(target, index, 0, kept).copy_(_block(source, index, 0, kept))
-    for name in layer.ffn_names:
-        if name is not None:
-            layer.ffn.module.get_submodule(name).requires_grad_(trains)

@@ -72,6 +72,7 @@ def distill(
     """
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first")
+    model.check_views("distilled")
     layers = model.sam_layers
     if any(layer.lora is not None for layer in layers):
         raise InputError("model has low-rank updates already; call fold_lora() or unload() before distilling")

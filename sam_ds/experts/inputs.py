@@ -33,6 +33,9 @@ def check_text(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
     """Raise InputError for no text at all and for token ids that the model has not."""
     if not any(ids_BS.numel() for ids_BS in batches):
         raise InputError("the calibration text is empty: give rows of token ids")
+    for ids_BS in batches:
+        if ids_BS.dim() != 2:
+            raise InputError(f"calibration has ids of shape {tuple(ids_BS.shape)}; give rows, (sequences, tokens)")
     lowest = min(int(ids_BS.min()) for ids_BS in batches if ids_BS.numel())
     if lowest < 0:
         raise InputError(f"calibration has token id {lowest}; give input ids, not labels with a padding mark")
@@ -52,7 +55,7 @@ def evenly(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
         kept.append(ids_BS[skip::step])
         # Counted on from batch to batch: a batch may be a single row.
         skip = (skip - len(ids_BS)) % step
-    return [ids_BS for ids_BS in kept if len(ids_BS)]
+    return [ids_BS for ids_BS in kept if ids_BS.numel()]
 
 
 def layer_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -62,7 +65,7 @@ def layer_inputs(model: nn.Module, modules: Sequence[nn.Module], batches: Sequen
     nothing before it may.
     """
     blocks, places = _blocks(model, modules)
-    rows = [rows_BS for ids_BS in batches for rows_BS in ids_BS.split(_BATCH)]
+    rows = [rows_BS for ids_BS in batches if ids_BS.numel() for rows_BS in ids_BS.split(_BATCH)]
     kept: list[Tensor] = []
     """What the block that the last pass stopped in was given, row batch by row batch."""
     sizes: dict[int, int] = {}

@@ -77,7 +77,7 @@ class SamFFN(nn.Module):
     An inline FFN has no module: there the layer takes the activation's place, and the weights stay where they are."""
 
     backend = "torch"
-    """What computes the experts: these views, or (`experts.deepspeed_moe`) DeepSpeed's MoE layers."""
+    """What computes the experts: these views, `deepspeed` (`experts.deepspeed_moe`) or `nf4` (`experts.nf4`)."""
 
     def __init__(
         self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, router: str, router_rank: int,
@@ -195,11 +195,13 @@ class SamFFN(nn.Module):
         updates, biases and activation."""
         own, lora = slice(first * self.neurons, (first + slots) * self.neurons), self.lora
         up_b, gate_b, _ = self.ffn.biases()
+        # Low-rank updates train in fp32 beside weights in half precision.
+        dtype = x_Td.dtype
 
         def complete(out_Tm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
             if bias_m is not None:
                 out_Tm = out_Tm + bias_m[own]
-            return out_Tm if lora is None else out_Tm + lora.scale * (x_Td @ inner) @ rows[own].t()
+            return out_Tm if lora is None else out_Tm + lora.scale * (x_Td @ inner.to(dtype)) @ rows[own].t().to(dtype)
 
         up_Tm = complete(products_Tm[0], up_b, lora and lora.up_in, lora and lora.up_rows)
         if len(products_Tm) == 1:
@@ -258,7 +260,8 @@ class SamFFN(nn.Module):
         hidden_Tm = self._complete(x_Td, products_Tm, 0, self.slots)
         y_Td = hidden_Tm @ down_md
         if self.lora is not None:
-            y_Td = y_Td + self.lora.scale * (hidden_Tm @ self.lora.down_rows) @ self.lora.down_out
+            down_rows, down_out = (factor.to(hidden_Tm.dtype) for factor in (self.lora.down_rows, self.lora.down_out))
+            y_Td = y_Td + self.lora.scale * (hidden_Tm @ down_rows) @ down_out
         return y_Td
 
     def _visit(
@@ -266,7 +269,7 @@ class SamFFN(nn.Module):
     ) -> Tensor:
         """(T, d): `_dense` of the roots, and of the other experts for the tokens that visit them, by their weights."""
         pairs = pairs_of(visited_TS, roots=self.roots, neurons=self.neurons)
-        weight_P = weight_TS[pairs.token_P, pairs.slot_P]
+        weight_P, dtype = weight_TS[pairs.token_P, pairs.slot_P], x_Td.dtype
         up_dm, gate_dm, down_md = self.matrices()
         up_b, gate_b, _ = self.ffn.biases()
         lora = self.lora
@@ -277,7 +280,7 @@ class SamFFN(nn.Module):
                 bias_Pn = bias_m.unflatten(0, (self.slots, self.neurons)).index_select(0, pairs.slot_P)
                 hidden_Tr, hidden_Pn = hidden_Tr + bias_m[: hidden_Tr.shape[1]], hidden_Pn + bias_Pn
             if lora is not None:
-                ((low_Tr, low_Pn),) = into(x_Td @ inner, [rows.t()], pairs)
+                ((low_Tr, low_Pn),) = into(x_Td @ inner.to(dtype), [rows.t().to(dtype)], pairs)
                 hidden_Tr, hidden_Pn = hidden_Tr + lora.scale * low_Tr, hidden_Pn + lora.scale * low_Pn
             return hidden_Tr, hidden_Pn
 
@@ -294,7 +297,8 @@ class SamFFN(nn.Module):
         hidden_Pn = hidden_Pn * weight_P.to(hidden_Pn.dtype)[:, None]
         y_Td = out_of(hidden_Tr, hidden_Pn, down_md, pairs)
         if lora is not None:
-            y_Td = y_Td + lora.scale * out_of(hidden_Tr, hidden_Pn, lora.down_rows, pairs) @ lora.down_out
+            low_TR = out_of(hidden_Tr, hidden_Pn, lora.down_rows.to(dtype), pairs)
+            y_Td = y_Td + lora.scale * low_TR @ lora.down_out.to(low_TR.dtype)
         return y_Td
 
 

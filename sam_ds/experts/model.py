@@ -129,7 +129,7 @@ class SamMixin:
 
         Raises InputError, if `safe`, for a layer whose weights would not be finite, before any is changed.
         """
-        self._check_views()
+        self.check_views("merged")
         adapted = [layer for layer in self.sam_layers if layer.lora is not None]
         for layer in adapted if safe else []:
             for weight, delta in _updates(layer):
@@ -152,7 +152,7 @@ class SamMixin:
     def unload(self) -> PreTrainedModel:
         """The plain model of the original class; low-rank updates that were not folded are dropped."""
         assert isinstance(self, PreTrainedModel)
-        self._check_views()
+        self.check_views("unloaded")
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
             uninstall(self, site, original, layer.ffn)
         for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_lost_LK", "sam_condition", "_sam_original"):
@@ -166,7 +166,7 @@ class SamMixin:
 
         Raises InputError where an unfolded update would be lost, and for `variant`: a folder has one set of weights.
         """
-        self._check_views()
+        self.check_views("saved")
         if any(layer.lora is not None for layer in self.sam_layers):
             raise InputError("model has low-rank updates that are not in its weights; call fold_lora() before saving")
         if kwargs.get("variant") is not None:
@@ -190,13 +190,15 @@ class SamMixin:
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
         mark(folder)
 
-    def _check_views(self) -> None:
+    def check_views(self, done: str) -> None:
+        """Raise InputError where the experts are not views of the model's matrices, for what cannot be `done` to it."""
         if any(layer.backend == "deepspeed" for layer in self.sam_layers):
             raise InputError("the experts are spread over DeepSpeed's MoE layers; call to_views(model), on every rank, "
-                             "before the model is saved, merged or unloaded")  # fmt: skip
+                             f"before the model is {done}")  # fmt: skip
         if any(layer.backend == "nf4" for layer in self.sam_layers):
-            raise InputError("the weights are in 4 bits, which nothing can be merged into and no folder holds: save "
-                             "the low-rank updates with save_adapter, and put them on the model as it was")  # fmt: skip
+            raise InputError(f"the model cannot be {done}: its weights are in 4 bits, which nothing can be added to "
+                             "and no folder holds. save_adapter keeps what was trained, load_adapter puts it on the "
+                             "model as it was")  # fmt: skip
 
 
 def mark(folder: Path) -> None:

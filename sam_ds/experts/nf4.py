@@ -42,6 +42,7 @@ class Nf4Slots(nn.Module):
         cast of the whole model would change them."""
         super().__init__()
         self.shape = (neurons, hidden)
+        self._dtype = like.dtype
         blocks = neurons * hidden // _BLOCK
         groups = -(-blocks // _GROUP)
         # A parameter, so that ZeRO-3 shards it; a view of packed bytes whatever its precision says.
@@ -52,7 +53,15 @@ class Nf4Slots(nn.Module):
         # fp32 by its bits: an integer no cast touches. The last of each is the offset.
         self.register_buffer("scale_SG", torch.zeros(slots, groups + 1, dtype=torch.int32, device=like.device))
         code = quantize_4bit(like.new_zeros(_BLOCK).float(), compress_statistics=True, quant_type="nf4")[1]
-        self._code, self._scale_code = code.code, code.state2.code
+        # By device; no buffers, for a cast would round them.
+        self._codes = {like.device: (code.code, code.state2.code)}
+
+    def _code_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The 16 values of nf4, and the 256 of the scales."""
+        if device not in self._codes:
+            values, scales = next(iter(self._codes.values()))
+            self._codes[device] = values.to(device), scales.to(device)
+        return self._codes[device]
 
     @torch.no_grad()
     def write(self, slot: int, rows_nd: Tensor) -> None:
@@ -72,14 +81,18 @@ class Nf4Slots(nn.Module):
         return packed.flatten().view(self.packed.dtype), state.absmax, scale_G
 
     def read(self, slot: int, dtype: torch.dtype) -> Tensor:
-        """(n, d) the matrix of a slot, dequantized."""
+        """(n, d) the matrix of a slot, dequantized. Raises InputError where the model was cast since: the packed bytes
+        went with it."""
+        if self.packed.dtype != self._dtype:
+            raise InputError(f"the model was cast from {self._dtype} to {self.packed.dtype} after to_nf4, which "
+                             "changed the packed bytes: load it in the precision that it is to train in, and quantize then")
         scale_G = self.scale_SG[slot].view(torch.float32)
+        code, scale_code = self._code_on(scale_G.device)
         nested = QuantState(
-            absmax=scale_G[:-1].contiguous(), code=self._scale_code.to(scale_G.device), blocksize=_GROUP,
-            dtype=torch.float32,
-        )  # fmt: skip
+            absmax=scale_G[:-1].contiguous(), code=scale_code, blocksize=_GROUP, dtype=torch.float32
+        )
         state = QuantState(
-            absmax=self.absmax_SB[slot], shape=self.shape, code=self._code.to(scale_G.device), blocksize=_BLOCK,
+            absmax=self.absmax_SB[slot], shape=self.shape, code=code, blocksize=_BLOCK,
             quant_type="nf4", dtype=dtype, offset=scale_G[-1], state2=nested,
         )  # fmt: skip
         return dequantize_4bit(self.packed.detach()[slot].view(torch.uint8).view(-1, 1), state)
@@ -127,7 +140,8 @@ class Nf4FFN(SamFFN):
         values = {}
         for index, name in enumerate(names):
             slots = self.nf4[name]
-            parts = [slots.quantize(own[:, index] if len(names) > 1 else own) for own in rows]
+            device = slots.scale_SG.device
+            parts = [slots.quantize((own[:, index] if len(names) > 1 else own).to(device)) for own in rows]
             packed_S, absmax_SB, scale_SG = (torch.stack(own) for own in zip(*parts, strict=True))
             slots.absmax_SB.copy_(absmax_SB)
             slots.scale_SG.copy_(scale_SG)
@@ -149,8 +163,8 @@ class Nf4FFN(SamFFN):
         y_Td: Tensor = _Times.apply(hidden_Tn, self.nf4["down"], slot, False)
         if self.lora is None:
             return y_Td
-        own_nR = self.lora.down_rows[slot * self.neurons : (slot + 1) * self.neurons]
-        return y_Td + self.lora.scale * (hidden_Tn @ own_nR) @ self.lora.down_out
+        own_nR = self.lora.down_rows[slot * self.neurons : (slot + 1) * self.neurons].to(hidden_Tn.dtype)
+        return y_Td + self.lora.scale * (hidden_Tn @ own_nR) @ self.lora.down_out.to(hidden_Tn.dtype)
 
     def _dense(self, x_Td: Tensor) -> Tensor:
         y_Td = self._expert(x_Td, 0)
@@ -203,6 +217,10 @@ def to_nf4(model: PreTrainedModel) -> None:
         if layer.neurons * layer.ffn.hidden % _BLOCK:
             raise InputError(f"an expert of {layer.ffn.path} has {layer.neurons} x {layer.ffn.hidden} values, which is "
                              f"no multiple of nf4's blocks of {_BLOCK}; convert with fewer experts")  # fmt: skip
+    for path, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise InputError(f"{path} carries an adapter: quantize first, then put adapters on the attention with PEFT")
+    _check_kinds(model)
     for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
         _quantize(layer)
         hand_back(original, layer.ffn)
@@ -265,12 +283,24 @@ def _linear4bit(linear: nn.Module) -> Linear4bit:
     return packed
 
 
-def check_nf4(model: PreTrainedModel) -> None:
-    """Raise InputError where a matrix that should be in 4 bits is not: beside embeddings and what SAM adds, none has
-    more than 0.55 bytes a value."""
+def _check_kinds(model: PreTrainedModel) -> None:
+    """Raise InputError for a matrix that `to_nf4` would leave as it is and that is none of those to leave."""
     kept = {id(own.weight) for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own is not None}
     for path, module in model.named_modules():
-        if isinstance(module, Nf4Slots) and module.nbytes > 0.55 * module.values:
+        if ".sam" in f".{path}" or isinstance(module, nn.Linear | Conv1D | Nf4Slots | LoraSlices | nn.Embedding):
+            continue
+        for name, value in module.named_parameters(recurse=False):
+            if value.dim() > 1 and id(value) not in kept:
+                raise InputError(f"{path}.{name} would stay in {value.dtype}: nf4 does not know "
+                                 f"{type(module).__name__}; use precision fp32 or bf16 for this model")  # fmt: skip
+
+
+def check_nf4(model: PreTrainedModel) -> None:
+    """Raise InputError where a matrix that should be in 4 bits is not: beside embeddings and what SAM adds, none has
+    more than 0.75 bytes a value, which experts of a few blocks come near."""
+    kept = {id(own.weight) for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own is not None}
+    for path, module in model.named_modules():
+        if isinstance(module, Nf4Slots) and module.nbytes > 0.75 * module.values:
             raise InputError(f"{path} takes {module.nbytes} bytes for {module.values} values: it is not in 4 bits")
         if ".sam" in f".{path}" or isinstance(module, Nf4Slots | LoraSlices | nn.Embedding):
             continue

@@ -278,6 +278,8 @@ def resize(ffn: FFN, neurons: int) -> None:
             new.bias.copy_(old.bias)
         if "forward" in vars(old):
             new.forward = old.forward
+        for own, parameter in old.named_parameters():
+            new.get_parameter(own).requires_grad_(parameter.requires_grad)
         setattr(ffn.module, name, new)
 
 

@@ -124,6 +124,9 @@ def prepare(
     assert isinstance(model, SamMixin)
     if trains not in TRAINS:
         raise InputError(f"trains must be one of {', '.join(TRAINS)}, got {trains!r}")
+    if any(layer.backend == "deepspeed" for layer in model.sam_layers):
+        raise InputError("the experts are in DeepSpeed's MoE layers: say what trains before to_deepspeed_moe, which "
+                         "keeps it, or call to_views(model) first")  # fmt: skip
     if not trains.startswith("lora") and any(layer.backend == "nf4" for layer in model.sam_layers):
         raise InputError(f"weights in 4 bits do not train, but trains = {trains!r}; give trains = 'lora'")
     if trains.startswith("lora"):

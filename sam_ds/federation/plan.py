@@ -41,10 +41,12 @@ class TierPlan:
     memory: Estimate
     """On each rank of its group."""
     first: int
-    """Bytes of the frozen weights that a client must be given once; of held experts, anew where they change."""
+    """Bytes, in half precision, of the frozen weights that a client must be given once; of the experts it holds, anew
+    where those change."""
     down: int
-    """Bytes a round, encoded without any gain from zeros."""
+    """Bytes a round: the exact values of what trains."""
     up: int
+    """Bytes a round, encoded without any gain from zeros."""
     flops: float
     """Of a round's local training."""
 
@@ -114,14 +116,17 @@ def _tier_plan(config: RunConfig, shape: ModelShape, dense: PreTrainedModel, nam
     expert = sum(_of_one(field, sizes, tier.experts) for field in fields)
     trained = {field.parameter for field in fields}
     frozen = [field for field in expert_weights(model) if field.parameter not in trained]
-    other = sum(size for path, size in sizes.items() if ".sam." not in path and ".lora." not in path)
-    other -= sum(sizes[field.parameter] for field in expert_weights(model))
+    added = (".sam.", ".lora.", "sam_assembler.")
+    kept = {field.parameter for field in expert_weights(model)} | set(
+        shared_parameters(model, tier.trains, dense=settings.dense).values()
+    )
+    other = sum(size for path, size in sizes.items() if path not in kept and not any(a in path for a in added))
     word = _WIRE[config.wire.values]
     graph = len(model.sam_layers) * config.sam.num_experts**2
     return TierPlan(
         name=name, clients=clients, tier=tier, memory=estimate(shape, tier, config),
         first=2 * (other + tier.experts * sum(_of_one(field, sizes, tier.experts) for field in frozen)),
-        down=word * (tier.experts * expert + shared) + graph,
+        down=4 * (tier.experts * expert + shared) + graph,
         up=word * ((tier.sends or tier.experts) * expert + shared) + _COUNTER * len(model.sam_layers) * tier.experts**2,
         flops=_flops(config, shape, tier),
     )  # fmt: skip

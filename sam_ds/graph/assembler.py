@@ -92,7 +92,7 @@ class Assembler(nn.Module):
         """(L, E, E) edge logits, [tail, head]; -inf on and below the diagonal."""
         layers, num_experts, rank = self.config.layers, self.config.num_experts, self.config.rank
         assert condition.shape == (layers, num_experts + 1), condition.shape
-        hidden_LH = nn.functional.gelu(condition.to(self.encode.dtype) @ self.encode.T + self.layer_embedding)
+        hidden_LH = nn.functional.gelu(condition.to(self.encode) @ self.encode.T + self.layer_embedding)
         hidden_LH = nn.functional.gelu(hidden_LH @ self.mix.T + self.mix_bias)
         tails_LEa = (hidden_LH @ self.tails.T).view(layers, num_experts, rank)
         heads_LEa = (hidden_LH @ self.heads.T).view(layers, num_experts, rank)

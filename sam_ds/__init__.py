@@ -2,8 +2,8 @@
 
 The public verbs are `get_sam_model`, `distill` and `from_pretrained`; `to_deepspeed_moe`, `to_views` and `to_nf4`,
 which say what computes the experts; `add_lora`, `save_adapter` and `load_adapter`. A converted model has
-`save_pretrained`, `merge_and_unload`, `unload`, `print_trainable_parameters`, `active` and `set_graph` beside everything its own class
-has.
+`save_pretrained`, `merge_and_unload`, `unload`, `print_trainable_parameters`, `active` and `set_graph` beside
+everything its own class has.
 """
 
 from importlib import import_module

@@ -85,7 +85,7 @@ class Nf4Slots(nn.Module):
         went with it."""
         if self.packed.dtype != self._dtype:
             raise InputError(f"the model was cast from {self._dtype} to {self.packed.dtype} after to_nf4, which "
-                             "changed the packed bytes: load it in the precision that it is to train in, and quantize then")
+                             "changed the packed bytes: load it in the precision it is to train in, and quantize then")
         scale_G = self.scale_SG[slot].view(torch.float32)
         code, scale_code = self._code_on(scale_G.device)
         nested = QuantState(

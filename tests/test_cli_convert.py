@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_a_distilled_folder_is_still_the_dense_model_when_all_are_visited(tiny, 
     plain, model = AutoModelForCausalLM.from_pretrained(tiny.model), from_pretrained(tmp_path / "out")
     with torch.no_grad(), model.active(8):
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_converted_in_full_and_written_as_it_was(tiny, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    for file in Path(tiny.model).glob("token*"):
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    assert convert(tmp_path / "half", tmp_path / "out", tiny.corpus, *SMALL) == 0
+    model = from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for name, p in model.named_parameters() if ".sam." not in name} == {torch.float16}
+    stored = load_file(tmp_path / "out" / "sam.safetensors")
+    kinds = {name.rpartition(".")[2]: value.dtype for name, value in stored.items() if ".sam." in name}
+    assert kinds["wg"] == kinds["threshold_K"] == torch.float32 and kinds["core_SQp"] == torch.float16
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad(), model.active(8):
+        torch.testing.assert_close(model(ids).logits, half(ids).logits, atol=2e-2, rtol=2e-2)
 
 
 def test_an_update_of_the_experts_is_distilled_and_folded_in(tiny, tmp_path):

@@ -21,11 +21,10 @@ from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.layer import STANDINS
 from sam_ds.experts.slots import StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import TRAINS, expert_weights, prepare, read_units, trained_fields
 from sam_ds.wire.codec import encode
-
-_STANDINS = ("basis_dq", "core_SQp", "core_all_Qp", "spread_pd")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +109,7 @@ def _sizes(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, flo
     held = [range(layer.slots) for layer in layers]
     units = read_units(fields, {}, dict(model.named_parameters()), held)
     up = sum(len(encode(torch.randn(value.shape).numpy(), base_round=1)) for value in units.values())
-    standins = [getattr(layer.sam, name) for layer in layers for name in _STANDINS]
+    standins = [getattr(layer.sam, name) for layer in layers for name in STANDINS]
     weights = sum(m.numel() * m.element_size() for layer in layers for m in layer.matrices() if m is not None)
     everything = [value for name, value in model.state_dict().items() if ".lora." not in name]
     return {

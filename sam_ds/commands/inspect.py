@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+import torch
+
 from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
@@ -27,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--svg {options.svg}: there is no folder {Path(options.svg).parent}; make it first")
     corpus = None if options.data is None else load_corpus(options.data, public_every=0)
     with readable(options.model):
-        model = from_pretrained(options.model, dtype="auto").eval()
+        model = from_pretrained(options.model, dtype=torch.float32).eval()
     ids_BS = None
     if corpus is not None:
         with readable(options.model):

@@ -36,6 +36,10 @@ Hidden = tuple[Tensor, Tensor]
 """Of the roots (T, r) and of the pairs of tokens and other experts (P, n)."""
 
 
+STANDINS = ("basis_dq", "core_SQp", "core_all_Qp", "spread_pd")
+"""The buffers that the stand-ins are made of; in the precision of the FFN's weights."""
+
+
 class SamParts(nn.Module):
     """What SAM adds to one FFN: gate, stand-ins, graph. Everything is small beside the FFN itself."""
 

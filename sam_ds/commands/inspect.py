@@ -7,9 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 import torch
+from transformers import AutoTokenizer
 
 from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus

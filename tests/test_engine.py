@@ -118,13 +118,14 @@ def two_ranks(tiny, tmp_path_factory):
     (folder / "sharded.json").write_text(json.dumps(sharded))
     tiers = {
         "0": "cpu_zero0.json", "2": "cpu_zero2.json", "3": "zero3.json", "sharded": str(folder / "sharded.json"),
+        "offload": "zero3_offload_24gb.json",
     }  # fmt: skip
     torch.multiprocessing.spawn(train_on_two_ranks, (tiny, tiers, folder), nprocs=2)
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in tiers}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["0", "2", "3", "sharded"])
+@pytest.mark.parametrize("stage", ["0", "2", "3", "sharded", "offload"])
 def test_stages_agree_with_each_other_and_with_one_rank(two_ranks, new_worker, tiny, tmp_path, stage):
     """`sharded` is stage 3 without small parameters kept whole on every rank."""
     task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, MEDIUM)
@@ -138,7 +139,7 @@ def test_stages_agree_with_each_other_and_with_one_rank(two_ranks, new_worker, t
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["0", "2", "3", "sharded"])
+@pytest.mark.parametrize("stage", ["0", "2", "3", "sharded", "offload"])
 def test_nothing_of_another_client_stays(two_ranks, stage):
     found = two_ranks[stage]
     for unit, delta in found["deltas"].items():

@@ -23,9 +23,9 @@ def every(*values):
 
 KINDS = {
     "full": (),
-    "bf16": every("precision=bf16"),
+    "bf16": every("precision=bf16", "ds_config=bf16_48gb.json"),
     "lora": every("trains=lora"),
-    "nf4": every("trains=lora", "precision=nf4"),
+    "nf4": (*every("trains=lora", "precision=nf4", "ds_config=nf4_16gb.json"), "tiers.small.ds_config=nf4_8gb.json"),
     "all": ("method=fedavg",),
     "lora-both": ("method=fedit",),
 }

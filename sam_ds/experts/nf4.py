@@ -202,8 +202,8 @@ def to_nf4(model: PreTrainedModel) -> None:
     What trains afterwards are gates and low-rank updates (`units.prepare(model, "lora", ...)`). There is no way back:
     the folder has the weights. Gates, stand-ins, norms, biases and embeddings keep their precision.
 
-    Raises InputError, before anything is changed: not converted, experts in DeepSpeed's MoE layers, sharded weights, or
-    experts whose matrices are not whole blocks of 64 values.
+    Raises InputError, before anything is changed: not converted, experts in DeepSpeed's MoE layers, sharded weights,
+    experts whose matrices are not whole blocks of 64 values, an adapter, or a matrix of a kind that would stay as it is.
     """
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first, or load a converted folder")

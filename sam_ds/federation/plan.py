@@ -1,4 +1,4 @@
-"""What a run will need, from its configuration and the model's alone: no weights, no text, no accelerator.
+"""What a run will need, from its configuration and the model's alone: no weights and no text.
 
 The model is built on the meta device, where tensors have shapes and nothing else, converted there and cut down to each
 tier, so what is counted is what the run's own code makes.

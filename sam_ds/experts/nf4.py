@@ -203,7 +203,7 @@ def to_nf4(model: PreTrainedModel) -> None:
     the folder has the weights. Gates, stand-ins, norms, biases and embeddings keep their precision.
 
     Raises InputError, before anything is changed: not converted, experts in DeepSpeed's MoE layers, sharded weights,
-    experts whose matrices are not whole blocks of 64 values, an adapter, or a matrix of a kind that would stay as it is.
+    experts whose matrices are not whole blocks of 64 values, an adapter, or a matrix of a kind that it does not know.
     """
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first, or load a converted folder")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from in_process import Federation, Tiny, task_for
 
-from sam_ds.clients.engine import full_shape, read_parameters, reset_optimizer, set_learning_rate, write_parameters
+from sam_ds.clients.engine import EngineParameters, full_shape, reset_optimizer, set_learning_rate, write_parameters
 from sam_ds.config import ds_config_path
 
 LARGE = 5  # of the tier `large`: it holds all experts
@@ -24,8 +24,8 @@ def test_what_is_written_is_read(new_worker):
         assert engine.zero_optimization_stage() == stage
         trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         values = {name: torch.randn(full_shape(p)) for name, p in trained.items()}
-        write_parameters(engine, values)
-        for name, value in read_parameters(engine, list(values)).items():
+        write_parameters(engine, values.items())
+        for name, value in EngineParameters(engine).items():
             assert torch.equal(value, values[name]), (stage, name)
             assert torch.equal(trained[name].data, values[name]), (stage, name)
 
@@ -45,7 +45,7 @@ def test_a_step_starts_from_what_was_written(new_worker, tiny, tmp_path, stage):
 
     loss, after = one_step()
     tier.step(ids, 1e-2)
-    write_parameters(tier.engine, {n: torch.randn(s) for n, s in tier._shapes.items() if n.endswith("wg")})
+    write_parameters(tier.engine, [(n, torch.randn(s)) for n, s in tier._shapes.items() if n.endswith("wg")])
     again, repeated = one_step()
     assert again == loss
     assert all(torch.equal(after[unit], repeated[unit]) for unit in after)

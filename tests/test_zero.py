@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from families import build, convert, tokens
 
-from sam_ds.clients.engine import deepspeed, full_shape, read_parameters
+from sam_ds.clients.engine import EngineParameters, deepspeed, full_shape
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.nf4 import to_nf4
@@ -83,8 +83,7 @@ def train_on_two_ranks(rank: int, folder: Path) -> None:
             engine.backward(loss)
             engine.step()
             losses.append(float(loss.detach()))
-        trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-        state = read_parameters(engine, trained)
+        state = dict(EngineParameters(engine))
         shards = sum(p.ds_tensor.numel() for p in engine.module.parameters() if hasattr(p, "ds_tensor"))
         whole = sum(torch.Size(full_shape(p)).numel() for p in engine.module.parameters())
         found[name] = {"losses": losses, "state": state, "shards": shards / whole}

@@ -7,7 +7,7 @@ the next step: both are written here. Verified for stages 0 to 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -28,11 +28,11 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def write_parameters(engine: Any, values: Mapping[str, Tensor]) -> None:
+def write_parameters(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
     """Replace parameters by name; every rank of the engine's group gives the same full values. No collectives."""
     stage = engine.zero_optimization_stage()
     parameters = dict(engine.module.named_parameters())
-    for name, value in values.items():
+    for name, value in values:
         parameter = parameters[name]
         if stage < 3:
             parameter.data.copy_(value)
@@ -53,13 +53,27 @@ def write_parameters(engine: Any, values: Mapping[str, Tensor]) -> None:
             safe_set_local_fp32_param(parameter, own.float())
 
 
-@torch.no_grad()
-def read_parameters(engine: Any, names: list[str]) -> dict[str, Tensor]:
-    """Full fp32 values of trained parameters by name, on the CPU. Collective: every rank of the group calls it."""
-    parameters = dict(engine.module.named_parameters())
-    if engine.zero_optimization_stage() == 0:
-        return {name: parameters[name].detach().float().cpu() for name in names}
-    return {name: safe_get_full_fp32_param(parameters[name]).detach().cpu() for name in names}
+class EngineParameters(Mapping[str, Tensor]):
+    """Full fp32 values of an engine's trained parameters, by name, on the CPU, fetched when they are asked for.
+
+    Asking is collective: every rank of the group asks for the same ones in the same order.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._sharded = engine.zero_optimization_stage() > 0
+        self._parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        value = safe_get_full_fp32_param(parameter) if self._sharded else parameter
+        return value.detach().float().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
 
 
 def reset_optimizer(engine: Any) -> None:

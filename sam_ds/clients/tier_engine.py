@@ -5,7 +5,7 @@ Nothing of a client stays: weights are replaced, the optimizer is reset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_ds.clients.ds_config import ds_config
 from sam_ds.clients.engine import (
+    EngineParameters,
     full_shape,
-    read_parameters,
     reset_optimizer,
     set_learning_rate,
     write_parameters,
 )
 from sam_ds.clients.task import Task, WorkerGroup
-from sam_ds.clients.tiers import ds_config
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
@@ -40,7 +40,7 @@ from sam_ds.experts.units import (
     write_units,
 )
 from sam_ds.graph.route import Counters, route
-from sam_ds.wire.payload import Unit
+from sam_ds.wire.payload import SharedUnit, Unit
 
 
 class TierEngine:
@@ -52,15 +52,13 @@ class TierEngine:
         self.config = config
         self.group = group
         self.sparse = trains in ("full", "lora")
-        # The packed bytes of nf4 must stand in the precision that the engine computes in.
-        dtype = torch.bfloat16 if tier.precision == "nf4" else torch.float32
-        model = from_pretrained(folder, dtype=dtype)
+        # In the precision of the file nothing is copied: what the tier does not hold is never read.
+        model = from_pretrained(folder, dtype=torch.float32)
         self.store = StandInStore(model)
-        slots = tier.experts if self.sparse else config.sam.num_experts
         self.budgets = [layer.top_k for layer in model.sam_layers]
         """Experts that a token visits in each layer, of the full model."""
-        to_slots(model, slots)
         if self.sparse:
+            to_slots(model, tier.experts)
             add_assembler(model, seed=config.seed)
         settings = config.train
         prepare(
@@ -75,16 +73,23 @@ class TierEngine:
             # Imported here: bitsandbytes is slow to load, and writes a warning on a CPU.
             from sam_ds.experts.nf4 import to_nf4
 
-            to_nf4(model)
+            # The packed bytes must stand in the precision that the engine computes in.
+            to_nf4(model, dtype=torch.bfloat16)
         self.fields = trained_fields(model, trains)
         self.shared = shared_parameters(model, trains, dense=settings.dense)
+        fields = {field.parameter for field in self.fields}
+        self._frozen = [field for field in self.weights if field.parameter not in fields]
+        self._filled: list[Sequence[int] | None] = [None] * len(self.layers)
+        """Whose frozen weights are in each layer's slots."""
         self.checkpoint = Checkpoint(folder)
         path_of = {id(module): path for path, module in model.named_modules()}
         self._paths = [path_of[id(layer)] for layer in self.layers]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay)
+        # The other kinds make copies as large as all that trains.
+        optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config(tier, config), mpu=group, dist_init_required=False
+            model=model, optimizer=optimizer, mpu=group, dist_init_required=False,
+            config=ds_config(tier, config, sum(parameter.numel() for parameter in trained)),
         )  # fmt: skip
 
     @cached_property
@@ -93,37 +98,47 @@ class TierEngine:
 
     def load(self, task: Task) -> dict[Unit, Tensor]:
         """Fill the engine for a client; returns the units as they are before training, fp32 on the CPU."""
-        held = task.held
         units = {unit: torch.from_numpy(np.asarray(value)) for unit, value in task.units.items()}
-        trained = {field.parameter for field in self.fields} | set(self.shared.values())
-        values = {name: torch.zeros(self._shapes[name]) for name in sorted(trained)}
-        write_units(units, self.fields, self.shared, values, held)
         if self.sparse:
-            hold_experts(self.layers, self.store, held)
+            hold_experts(self.layers, self.store, task.held)
             self.model.set_graph(torch.from_numpy(task.graph_LEE))
             self.model.sam_condition = torch.from_numpy(task.condition)
-            values |= self._experts(held, [field for field in self.weights if field.parameter not in trained])
-        write_parameters(self.engine, values)
+        write_parameters(self.engine, self._values(units, task.held))
         reset_optimizer(self.engine)
         for layer in self.layers:
             layer.counters = no_counts(layer.slots, layer.sam.wg.device) if self.sparse else None
         self.engine.train()
         return units
 
-    def _experts(self, held: Sequence[Sequence[int]], fields: Sequence[Field]) -> dict[str, Tensor]:
-        """The held experts' own weights from disk, by the name of the parameter that has them in the engine."""
-        values = {}
+    def _values(self, units: Mapping[Unit, Tensor], held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+        """All that changes from client to client, by the name of the parameter; one at a time is in memory."""
+        for name, parameter in self.shared.items():
+            yield parameter, units[SharedUnit(name)]
+        for field in self.fields:
+            whole = torch.empty(self._shapes[field.parameter])
+            write_units(units, [field], {}, {field.parameter: whole}, held)
+            yield field.parameter, whole
+        if self.sparse:
+            yield from self._experts(held, self._frozen)
+
+    def _experts(self, held: Sequence[Sequence[int]], fields: Sequence[Field]) -> Iterator[tuple[str, Tensor]]:
+        """The held experts' own weights from disk, where others are in the slots."""
+        nothing: list[Sequence[int] | None] = [None] * len(self.layers)
+        # Not known until all is written: a task may fail halfway.
+        filled, self._filled = (self._filled if self._frozen else nothing), nothing
         for field in fields:
+            layer = self.layers[field.layer]
+            if filled[field.layer] == held[field.layer]:
+                continue
             whole = torch.empty(self._weight_shapes[field.parameter])
             self.checkpoint.read_experts(field, held[field.layer], whole)
-            layer = self.layers[field.layer]
             if layer.backend == "nf4" and field.tensor in ("up", "gate", "gate_up", "down"):
                 rows = [field.read(whole, slot) for slot in range(layer.slots)]
                 for name, packed in layer.pack(field.tensor, rows).items():
-                    values[f"{self._paths[field.layer]}.{name}"] = packed
+                    yield f"{self._paths[field.layer]}.{name}", packed
             else:
-                values[field.parameter] = whole
-        return values
+                yield field.parameter, whole
+        self._filled = list(held)
 
     def step(self, ids_BS: Tensor, lr: float, *, whole: bool = False) -> float:
         """One optimizer step on this rank's share of the batch; the loss in nats a token.
@@ -145,8 +160,7 @@ class TierEngine:
 
     def read(self, held: Sequence[Sequence[int]]) -> dict[Unit, Tensor]:
         """The units as they are now."""
-        names = {field.parameter for field in self.fields} | set(self.shared.values())
-        return read_units(self.fields, self.shared, read_parameters(self.engine, sorted(names)), held)
+        return read_units(self.fields, self.shared, EngineParameters(self.engine), held)
 
     def counters(self) -> list[NDArray[np.int64]]:
         """Per layer (3, S, S): used, offered, together, summed over the group; empty where nothing was routed."""
@@ -167,20 +181,10 @@ class TierEngine:
         through the experts used most on calibration text: what the tier's memory allows."""
         most_used = tuple(tuple(range(layer.slots)) for layer in self.layers)
         hold_experts(self.layers, self.store, most_used)
-        values = self._experts(most_used, self.weights)
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             layer.counters = None
             layer.sam.adjacency_SS.fill_(True).triu_(1)
-            name = next(n for n, p in self.engine.module.named_parameters() if p is layer.sam.wg)
-            values[name] = self.store.wg[index][: layer.slots]
-        # What a client trained here before must not be seen either.
-        trained = {field.parameter for field in self.fields} | set(self.shared.values())
-        for name in sorted(trained - values.keys()):
-            if ".lora." in name:
-                values[name] = torch.zeros(self._shapes[name])
-            elif name in self.checkpoint:
-                values[name] = self.checkpoint.read(name)
-        write_parameters(self.engine, values)
+        write_parameters(self.engine, self._untrained(most_used))
         scores: list[Tensor] = []
         rates: list[Tensor] = []
 
@@ -206,6 +210,20 @@ class TierEngine:
             for handle in handles:
                 handle.remove()
         return torch.stack(scores).cpu().numpy(), torch.stack(rates).cpu().numpy()
+
+    def _untrained(self, held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+        """What training changes, as it was before any."""
+        yield from self._experts(held, self.weights)
+        weights = {field.parameter for field in self.weights}
+        for name in sorted({field.parameter for field in self.fields} | set(self.shared.values())):
+            path, _, parameter = name.rpartition(".sam.")
+            if parameter == "wg":
+                index = self._paths.index(path)
+                yield name, self.store.wg[index][: self.layers[index].slots]
+            elif ".lora." in name:
+                yield name, torch.zeros(self._shapes[name])
+            elif name not in weights and name in self.checkpoint:
+                yield name, self.checkpoint.read(name)
 
     def close(self) -> None:
         """Free the engine's hooks and buffers."""

@@ -192,12 +192,17 @@ class Nf4FFN(SamFFN):
         for _, neurons, token_t in pairs.experts():
             slot = neurons.start // self.neurons
             parts.append(self._expert(x_Td[token_t], slot, weight_TS[token_t, slot]))
-        return y_Td.index_add(0, pairs.token_P, torch.cat(parts)) if parts else y_Td
+        if not parts:
+            return y_Td
+        # Not index_add, which keeps what it adds for the backward pass.
+        return y_Td.scatter_add(0, pairs.token_P[:, None].expand(-1, y_Td.shape[1]), torch.cat(parts))
 
 
 @torch.no_grad()
-def to_nf4(model: PreTrainedModel) -> None:
+def to_nf4(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
     """Quantize a converted model in place: the experts, and every other linear map but the output embedding.
+
+    `dtype` is what the model computes in afterwards, its own if not given; it is cast matrix by matrix.
 
     What trains afterwards are gates and low-rank updates (`units.prepare(model, "lora", ...)`). There is no way back:
     the folder has the weights. Gates, stand-ins, norms, biases and embeddings keep their precision.
@@ -222,20 +227,22 @@ def to_nf4(model: PreTrainedModel) -> None:
             raise InputError(f"{path} carries an adapter: quantize first, then put adapters on the attention with PEFT")
     _check_kinds(model)
     for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
-        _quantize(layer)
+        _quantize(layer, dtype)
         hand_back(original, layer.ffn)
-    _quantize_rest(model)
+    _quantize_rest(model, dtype)
+    if dtype is not None:
+        model.to(dtype)
     check_nf4(model)
 
 
-def _quantize(layer: SamFFN) -> None:
+def _quantize(layer: SamFFN, dtype: torch.dtype | None) -> None:
     ffn, slots = layer.ffn, nn.ModuleDict()
     up_dm, gate_dm, down_md = ffn.weights()
     for name, rows_md in zip(_NAMES, (up_dm.t(), None if gate_dm is None else gate_dm.t(), down_md), strict=True):
         if rows_md is not None:
-            slots[name] = packed = Nf4Slots(layer.slots, layer.neurons, ffn.hidden, rows_md)
+            slots[name] = packed = Nf4Slots(layer.slots, layer.neurons, ffn.hidden, rows_md[:0].to(dtype))
             for slot in range(layer.slots):
-                packed.write(slot, rows_md[slot * layer.neurons : (slot + 1) * layer.neurons])
+                packed.write(slot, rows_md[slot * layer.neurons : (slot + 1) * layer.neurons].to(dtype))
     for name in dict.fromkeys(layer.ffn_names):
         if name is not None:
             linear = ffn.module.get_submodule(name)
@@ -251,14 +258,14 @@ def _quantize(layer: SamFFN) -> None:
     layer.__class__ = Nf4FFN
 
 
-def _quantize_rest(model: PreTrainedModel) -> None:
+def _quantize_rest(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     layers = model.sam_layers
     kept = {id(layer.ffn.module.get_submodule(name)) for layer in layers for name in layer.ffn_names if name}
     kept.add(id(model.get_output_embeddings()))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear | Conv1D) and not isinstance(child, Linear4bit) and id(child) not in kept:
-                setattr(module, name, _linear4bit(child))
+                setattr(module, name, _linear4bit(child, dtype))
 
 
 class _Linear4bit(Linear4bit):
@@ -269,8 +276,8 @@ class _Linear4bit(Linear4bit):
         return self
 
 
-def _linear4bit(linear: nn.Module) -> Linear4bit:
-    rows = matrix(linear).t().detach().contiguous()
+def _linear4bit(linear: nn.Module, dtype: torch.dtype | None) -> Linear4bit:
+    rows = matrix(linear).t().detach().to(dtype).contiguous()
     outputs, inputs = rows.shape
     packed = _Linear4bit(
         inputs, outputs, bias=linear.bias is not None, compute_dtype=rows.dtype, compress_statistics=True,

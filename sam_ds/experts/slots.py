@@ -22,19 +22,19 @@ from sam_ds.experts.units import Field
 
 
 def to_slots(model: PreTrainedModel, slots: int) -> None:
-    """Shrink every layer, in place, to `slots` experts, of which a token visits as many as before or all; by threshold,
-    those that score as much as before. Contents are undefined until `hold_experts` and the weights' loading."""
+    """Give every layer, in place, room for `slots` experts, of which a token visits as many as before or all; by
+    threshold, those that score as much as before. Contents are undefined until `hold_experts` and the weights' loading:
+    what the experts were is neither copied nor, where it is still in the file, read."""
     assert isinstance(model, SamMixin)
     for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
-        if slots < layer.num_experts:
-            resize(layer.ffn, slots * layer.neurons)
-            parts = layer.sam
-            parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
-            parts.register_buffer("core_SQp", parts.core_SQp[:slots].clone())
-            parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
-            hand_back(original, layer.ffn)
-            layer.slots = slots
-            layer.held = torch.arange(slots)
+        resize(layer.ffn, slots * layer.neurons)
+        parts = layer.sam
+        parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
+        parts.register_buffer("core_SQp", parts.core_SQp[:slots].clone())
+        parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
+        hand_back(original, layer.ffn)
+        layer.slots = slots
+        layer.held = torch.arange(slots)
         layer.top_k = min(layer.top_k, slots)
 
 

@@ -268,12 +268,10 @@ def resize(ffn: FFN, neurons: int) -> None:
         old = ffn.module.get_submodule(name)
         inputs, outputs = matrix(old).shape
         inputs, outputs = (neurons, outputs) if name == ffn.down else (inputs, outputs // before * neurons)
-        if isinstance(old, Conv1D):
-            new: nn.Module = Conv1D(outputs, inputs).to(old.weight)
-        else:
-            new = nn.Linear(
-                inputs, outputs, bias=old.bias is not None, dtype=old.weight.dtype, device=old.weight.device
-            )
+        with torch.device("meta"):
+            conv = isinstance(old, Conv1D)
+            new = Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs, bias=old.bias is not None)
+        new = new.to(old.weight.dtype).to_empty(device=old.weight.device)
         if name == ffn.down and old.bias is not None:
             new.bias.copy_(old.bias)
         if "forward" in vars(old):

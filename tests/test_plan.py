@@ -54,7 +54,7 @@ def test_groups_share_the_work(tiny, tmp_path):
     mean = sum(own.clients * own.flops for own in plan.tiers) / 6
     assert plan.expected("flops", 3) == pytest.approx(3 * mean)
     assert plan.seconds(3, 1e9) == pytest.approx(max(3 * mean / 2, max(own.flops for own in plan.tiers)) / 2e9)
-    assert plan.rank_bytes < sum(own.memory.total for own in plan.tiers)
+    assert plan.rank_bytes < sum(own.memory.peak for own in plan.tiers)
 
 
 def test_more_ranks_a_client_need_less_of_each_under_zero_3(tiny, tmp_path):
@@ -63,8 +63,10 @@ def test_more_ranks_a_client_need_less_of_each_under_zero_3(tiny, tmp_path):
         plan_run(tiny.config(tmp_path, *sharded, f"runtime.ranks_per_client={ranks}"), ranks=2, rank_gib=1.0).tiers[0]
         for ranks in (1, 2)
     )
-    for part in ("weights", "gradients", "optimizer", "activations"):
+    for part in ("gradients", "optimizer"):
         assert getattr(two.memory, part) == pytest.approx(getattr(one.memory, part) / 2, abs=1), part
+    for part in ("weights", "activations"):
+        assert getattr(two.memory, part) < getattr(one.memory, part), part
     offloaded = tiny.config(tmp_path, *[f"tiers.{tier}.ds_config=zero3_offload_24gb.json" for tier in CLIENTS])
     memory = plan_run(offloaded, ranks=1, rank_gib=1.0).tiers[0].memory
     assert memory.weights == memory.optimizer == 0 < memory.gradients

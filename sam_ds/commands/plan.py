@@ -6,9 +6,10 @@ import argparse
 import json
 from dataclasses import asdict
 
+from sam_ds.clients.memory import GIB
 from sam_ds.config import load_config
 from sam_ds.errors import InputError
-from sam_ds.federation.plan import GIB, RunPlan, plan_run
+from sam_ds.federation.plan import RunPlan, plan_run
 
 _MIB = 2**20
 
@@ -23,7 +24,10 @@ def run(options: argparse.Namespace) -> int:
     drawn = config.federation.clients_per_round
     seconds = plan.seconds(drawn, options.tflops * 1e12)
     if options.json:
-        print(json.dumps(asdict(plan) | {
+        values = asdict(plan)
+        for tier, own in zip(values["tiers"], plan.tiers, strict=True):
+            tier["memory"]["peak"] = own.memory.peak
+        print(json.dumps(values | {
             "round": {name: plan.expected(name, drawn) for name in ("down", "up", "flops")} | {"seconds": seconds}
         }))  # fmt: skip
         return 0
@@ -40,13 +44,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _table(plan: RunPlan) -> None:
-    header = ["tier", "clients", "experts", "precision", "trains", "GiB a rank", "of which weights", "gradients",
-              "optimizer", "activations", "allowed", "first GiB", "MiB down", "MiB up", "PFLOPs"]  # fmt: skip
+    header = [
+        "tier", "clients", "experts", "precision", "trains", "GiB a rank", "weights", "adapters", "optimizer",
+        "and gradients", "or activations", "allowed", "first GiB", "MiB down", "MiB up", "PFLOPs",
+    ]  # fmt: skip
     rows = [
         [
             own.name, str(own.clients), str(own.tier.experts), own.tier.precision, own.tier.trains,
-            *(f"{value / GIB:.2f}" for value in (own.memory.total, own.memory.weights, own.memory.gradients,
-                                                 own.memory.optimizer, own.memory.activations)),
+            *(f"{value / GIB:.2f}" for value in (own.memory.peak, own.memory.weights, own.memory.adapters,
+                                                 own.memory.optimizer, own.memory.gradients, own.memory.activations)),
             f"{own.tier.memory_gib:g}", f"{own.first / GIB:.2f}", f"{own.down / _MIB:.1f}", f"{own.up / _MIB:.1f}",
             f"{own.flops / 1e15:.2f}",
         ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sam_ds.config import RunConfig
 from sam_ds.errors import InputError, nearest
 
 CONFIG_FILE = "sam_config.json"
@@ -67,6 +68,15 @@ class SamConfig:
             if key not in known:
                 raise InputError(f"unknown key {key!r} in {CONFIG_FILE}{nearest(key, known)}")
         return cls(**values)
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> SamConfig:
+        """The conversion part of a run's configuration.
+
+        Tokens visit a fixed number of experts: under training, scores leave the thresholds that calibration found.
+        """
+        section = {name: value for name, value in asdict(config.sam).items() if name != "calibration_tokens"}
+        return cls(**section, routing="top_k", seed=config.seed)
 
     def router_shape(self, *, hidden: int, neurons: int, gated: bool) -> tuple[int, int]:
         """(I, F) of a layer of so many neurons, as `router_shape` says."""

@@ -6,29 +6,56 @@ tier, so what is counted is what the run's own code makes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import AutoConfig, PreTrainedModel
 
-from sam_ds.clients.tiers import Estimate, ModelShape, check_tiers, dealt_tiers, estimate
+from sam_ds.clients.memory import GIB, Estimate, slot_model
+from sam_ds.clients.tiers import check_tiers, dealt_tiers
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.data.base_model import BaseRecipe, base_config
 from sam_ds.errors import InputError
 from sam_ds.evaluation.costs import ffn_flops, training_flops
 from sam_ds.experts.checkpoint import readable
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture
-from sam_ds.experts.model import SamMixin, add_assembler, inject_layers, wrap_ffns
-from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns
-from sam_ds.experts.units import Field, expert_weights, prepare, shared_parameters, trained_fields
-from sam_ds.federation.setup import sam_config
+from sam_ds.experts.units import Field, expert_weights, shared_parameters, trained_fields
 
-GIB = 2**30
 _WIRE = {"raw": 4, "bf16": 2, "int8": 1}
 _COUNTER = 3 * 8
 """Bytes a pair of slots: used, offered, together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a dense model that decide FLOPs."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    neurons: int
+    gated: bool
+    vocabulary: int
+    embeddings: int
+    """Parameters of the input and, where it is another one, the output embedding."""
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Of one layer's FFN, biases aside."""
+        return (3 if self.gated else 2) * self.hidden * self.neurons
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelShape:
+        """Measure a dense model. Raises InputError where no FFN is found."""
+        ffns = find_ffns(model)
+        embeddings = {own.weight for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own}
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()), layers=len(ffns), hidden=ffns[0].hidden,
+            neurons=ffns[0].neurons, gated=ffns[0].gate is not None,
+            vocabulary=model.get_input_embeddings().weight.shape[0], embeddings=sum(own.numel() for own in embeddings),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,48 +110,42 @@ def plan_run(config: RunConfig, *, ranks: int, rank_gib: float) -> RunPlan:
     with readable(config.model):
         embedded = config.model == "embedded"
         architecture = base_config(BaseRecipe()) if embedded else AutoConfig.from_pretrained(config.model)
-        dense = check_architecture(architecture, sam_config(config))
+        dense = check_architecture(architecture, SamConfig.of_run(config))
     shape = ModelShape.of(dense)
-    check_tiers(shape, config)
+    memory = check_tiers(dense, config)
     dealt = dealt_tiers(config)
     tiers = [
-        _tier_plan(config, shape, dense, name, dealt.count(name))
-        for name, tier in config.tiers.items() if tier.share > 0.0
+        _tier_plan(config, shape, dense, name, dealt.count(name), own) for name, own in memory.items()
     ]  # fmt: skip
-    kept = sum(own.memory.total - own.memory.activations for own in tiers)
-    rank_bytes = kept + max(own.memory.activations for own in tiers)
+    rank_bytes = sum(own.kept for own in memory.values()) + max(own.peak - own.kept for own in memory.values())
     if rank_bytes > rank_gib * GIB:
-        worst = max(tiers, key=lambda own: own.memory.total)
+        worst = max(tiers, key=lambda own: own.memory.peak)
         raise InputError(f"a rank needs {rank_bytes / GIB:.1f} GiB for the engines of all tiers, it has {rank_gib:g}: "
                          f"give tiers.{worst.name} fewer experts, precision = 'nf4' or a ds_config that offloads, or "
                          "raise runtime.ranks_per_client under ZeRO-3")  # fmt: skip
     return RunPlan(tiers=tiers, ranks=ranks, groups=ranks // size, rank_bytes=rank_bytes)
 
 
-def _tier_plan(config: RunConfig, shape: ModelShape, dense: PreTrainedModel, name: str, clients: int) -> TierPlan:
-    tier, settings = config.tiers[name], config.train
-    model = copy.deepcopy(dense)
-    ffns = find_ffns(model)
-    inject_layers(model, sam_config(config), ffns, wrap_ffns(ffns, sam_config(config)))
-    assert isinstance(model, SamMixin)
-    to_slots(model, tier.experts)
-    add_assembler(model, seed=config.seed)
-    prepare(model, tier.trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=0, dense=settings.dense)
+def _tier_plan(
+    config: RunConfig, shape: ModelShape, dense: PreTrainedModel, name: str, clients: int, memory: Estimate
+) -> TierPlan:
+    tier, dense_too = config.tiers[name], config.train.dense
+    model = slot_model(dense, tier, config)
     sizes = {path: parameter.numel() for path, parameter in model.named_parameters()}
     fields = trained_fields(model, tier.trains)
-    shared = sum(sizes[path] for path in shared_parameters(model, tier.trains, dense=settings.dense).values())
+    shared = sum(sizes[path] for path in shared_parameters(model, tier.trains, dense=dense_too).values())
     expert = sum(_of_one(field, sizes, tier.experts) for field in fields)
     trained = {field.parameter for field in fields}
     frozen = [field for field in expert_weights(model) if field.parameter not in trained]
     added = (".sam.", ".lora.", "sam_assembler.")
     kept = {field.parameter for field in expert_weights(model)} | set(
-        shared_parameters(model, tier.trains, dense=settings.dense).values()
+        shared_parameters(model, tier.trains, dense=dense_too).values()
     )
     other = sum(size for path, size in sizes.items() if path not in kept and not any(a in path for a in added))
     word = _WIRE[config.wire.values]
     graph = len(model.sam_layers) * config.sam.num_experts**2
     return TierPlan(
-        name=name, clients=clients, tier=tier, memory=estimate(shape, tier, config),
+        name=name, clients=clients, tier=tier, memory=memory,
         first=2 * (other + tier.experts * sum(_of_one(field, sizes, tier.experts) for field in frozen)),
         down=4 * (tier.experts * expert + shared) + graph,
         up=word * ((tier.sends or tier.experts) * expert + shared) + _COUNTER * len(model.sam_layers) * tier.experts**2,
@@ -139,8 +160,8 @@ def _of_one(field: Field, sizes: dict[str, int], slots: int) -> int:
 def _flops(config: RunConfig, shape: ModelShape, tier: TierSection) -> float:
     """Of one client's local training in a round."""
     sizes = {"hidden": shape.hidden, "neurons": shape.neurons, "gated": shape.gated}
-    routed = ffn_flops(sam_config(config), active=min(config.sam.top_k, tier.experts), **sizes)
-    held = ffn_flops(sam_config(config), active=tier.experts, **sizes)
+    routed = ffn_flops(SamConfig.of_run(config), active=min(config.sam.top_k, tier.experts), **sizes)
+    held = ffn_flops(SamConfig.of_run(config), active=tier.experts, **sizes)
     whole = sum(config.train.whole_steps()) / config.train.steps
     ffn = shape.layers * (whole * held + (1 - whole) * routed)
     other = shape.parameters - shape.layers * shape.ffn_parameters - shape.embeddings

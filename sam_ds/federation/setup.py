@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sam_ds.clients.tiers import ModelShape, check_tiers, dealt_tiers
+from sam_ds.clients.tiers import check_tiers, dealt_tiers
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.data.base_model import BaseRecipe, base_config, embedded_base_model
 from sam_ds.data.batches import pack
@@ -21,20 +21,6 @@ from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
 from sam_ds.federation.server import public_rows
-
-
-def sam_config(config: RunConfig) -> SamConfig:
-    """The conversion part of a run's configuration.
-
-    Tokens visit a fixed number of experts: under training, scores leave the thresholds that calibration found.
-    """
-    section = config.sam
-    return SamConfig(
-        num_experts=section.num_experts, top_k=section.top_k, roots=section.roots, features=section.features,
-        regroups=section.regroups, router=section.router, router_rank=section.router_rank, routing="top_k",
-        standin=section.standin, standin_rank=section.standin_rank, allocation=section.allocation,
-        density=section.density, seed=config.seed,
-    )  # fmt: skip
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -59,8 +45,8 @@ def check_model(config: RunConfig) -> None:
     with readable(config.model):
         embedded = config.model == "embedded"
         architecture = base_config(BaseRecipe()) if embedded else AutoConfig.from_pretrained(config.model)
-        model = check_architecture(architecture, sam_config(config))
-    check_tiers(ModelShape.of(model), config)
+        model = check_architecture(architecture, SamConfig.of_run(config))
+    check_tiers(model, config)
     dealt_tiers(config)
 
 
@@ -82,7 +68,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
     rows = -(-config.sam.calibration_tokens // config.evaluation.window)
     calibration = torch.from_numpy(public_rows(config, corpus, tokenizer, rows))
-    get_sam_model(model, sam_config(config), calibration=calibration)
+    get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
     unfinished = run / f".base.{os.getpid()}"
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

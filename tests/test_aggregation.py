@@ -7,11 +7,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import exact_design, inclusion, reference_aggregate, reference_fedopt
 
 from sam_ds.errors import InputError
+from sam_ds.experts.lora import LoraSlices
 from sam_ds.federation.aggregation import AggregationConfig, Aggregator, ServerOptimizer
 from sam_ds.federation.participation import inclusion_probabilities, systematic_sample
 
@@ -39,8 +41,8 @@ def designs():
 
 def independent_design(h):
     """Every expert on its own: a design whose size varies, the empty subset included."""
-    outcomes = itertools.product([False, True], repeat=len(h))
-    return {tuple(np.flatnonzero(held)): np.where(held, h, 1 - h).prod() for held in outcomes}
+    either = itertools.product([False, True], repeat=len(h))
+    return {tuple(np.flatnonzero(held)): np.where(held, h, 1 - h).prod() for held in either}
 
 
 def subsets_without_replacement():
@@ -52,9 +54,8 @@ def poisson_subsets():
     return independent_design(np.full(len(EXAMPLES), PER_ROUND / len(EXAMPLES)))
 
 
-def expected_aggregate(clients, designs, rule, clip=10.0):
-    """Of each expert: the expected update, absent counting as zero, and the probability that there is one."""
-    mean, there = np.zeros((EXPERTS, 3)), np.zeros(EXPERTS)
+def outcomes(clients, designs, rule, clip=10.0, delta=delta):
+    """(probability, aggregated updates by expert) of every outcome of both draws."""
     pi = PER_ROUND / len(EXAMPLES)
     for drawn, p_drawn in clients.items():
         for held in itertools.product(*(designs[i][0].items() for i in drawn)):
@@ -66,10 +67,16 @@ def expected_aggregate(clients, designs, rule, clip=10.0):
                     weight=EXAMPLES[i],
                     probability=lambda e, h=h: pi * h[e],
                 )
-            p = p_drawn * math.prod(p_subset for _, p_subset in held)
-            for e, update in fold.result().deltas.items():
-                mean[e] += p * update
-                there[e] += p
+            yield p_drawn * math.prod(p_subset for _, p_subset in held), fold.result().deltas
+
+
+def expected_aggregate(clients, designs, rule, clip=10.0):
+    """Of each expert: the expected update, absent counting as zero, and the probability that there is one."""
+    mean, there = np.zeros((EXPERTS, 3)), np.zeros(EXPERTS)
+    for p, deltas in outcomes(clients, designs, rule, clip):
+        for e, update in deltas.items():
+            mean[e] += p * update
+            there[e] += p
     return mean, there
 
 
@@ -89,6 +96,40 @@ def test_unbiased_ht_with_systematic_subsets(clients, designs):
     mean, there = expected_aggregate(clients(), designs, "ht")
     np.testing.assert_allclose(mean, target(designs), rtol=1e-12, atol=1e-12)
     assert (there[1:] < 0.999).all(), "rounds in which nobody sends an expert are part of the sum"
+
+
+def low_rank(rows_by_expert, both=0.0):
+    """The updates of all three matrices that expert-owned rows (2 neurons, rank 2, of up, gate and down) stand for."""
+    slices = LoraSlices(hidden=5, neurons=2 * EXPERTS, gated=True, rank=2, alpha=4.0, seed=0)
+    with torch.no_grad():
+        for e, rows in rows_by_expert.items():
+            for name, value in zip(("up_rows", "gate_rows", "down_rows"), rows.reshape(3, 2, 2), strict=True):
+                getattr(slices, name)[2 * e : 2 * e + 2] = torch.from_numpy(value).float()
+                getattr(slices, name.replace("rows", "out" if "down" in name else "in")).add_(both * float(value.sum()))
+    return {name: value.double().numpy() for name, value in slices.deltas().items()}
+
+
+def rows_of(client, expert, subset):
+    return np.random.default_rng([client, expert, *subset]).normal(size=12) + client
+
+
+@pytest.mark.parametrize(("both", "unbiased"), [(0.0, True), (0.1, False)])
+def test_unbiased_ht_of_low_rank_updates(designs, both, unbiased):
+    """What is averaged is one factor, what must be right is the product: it is where the other factor is everybody's,
+    and not where it trains too."""
+    got = {name: 0.0 for name in ("up", "gate", "down")}
+    for p, deltas in outcomes(subsets_without_replacement(), designs, "ht", delta=rows_of):
+        for name, value in low_rank(deltas, both).items():
+            got[name] += p * value
+    want = {name: 0.0 for name in got}
+    for i, (design, h) in enumerate(designs):
+        for subset, p in design.items():
+            for e in subset:
+                # One expert's part at a time, by how often the client holds it.
+                for name, value in low_rank({e: rows_of(i, e, subset)}, both).items():
+                    want[name] += EXAMPLES[i] / EXAMPLES.sum() * p / h[e] * value
+    for name in got:
+        assert np.allclose(got[name], want[name], rtol=1e-4, atol=1e-4) == unbiased, name
 
 
 def test_unbiased_ht_with_independent_subsets():

@@ -1,4 +1,4 @@
-"""`sam-ds bench moe|tiers|zero` at tiny sizes: what is counted is right; never how long it took."""
+"""`sam-ds bench memory|moe|tiers|zero` at tiny sizes: what is counted is right; never how long it took."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def test_moe_times_the_same_routes_in_both_layers(capsys: pytest.CaptureFixture[
     (["moe", "--roots", "1"], "--experts less --roots must be a multiple of every --ep"),
     (["tiers", "--held", "16"], "--held must be above the root and below --experts 16"),
     (["tiers", "--layers", "0"], "--layers must be at least 1"),
+    (["memory", "--cases", "0,11"], "--cases must be from 0 to 10"),
+    (["memory", "--layers", "0"], "--layers must be at least 1"),
     (["zero", "--stages", "0,4"], "--stages must be of 0, 1, 2 and 3"),
     (["zero", "--ranks", "0"], "--ranks must be at least 1"),
 ])  # fmt: skip

@@ -12,10 +12,10 @@ import json
 from importlib import import_module
 from typing import Any
 
+from sam_ds.bench.options import check_sizes
 from sam_ds.bench.timing import machine
-from sam_ds.errors import InputError
 
-BENCHMARKS = ("cluster", "convert", "layer", "moe", "tiers", "zero")
+BENCHMARKS = ("cluster", "convert", "layer", "memory", "moe", "tiers", "zero")
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +33,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.rounds < 1:
-        raise InputError(f"--rounds must be at least 1, got {options.rounds}")
+    check_sizes(options, "rounds")
     result = options.measure(options)
     hidden = ("command", "benchmark", "run", "measure", "json")
     parameters = {name: value for name, value in vars(options).items() if name not in hidden}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_ds.bench.options import check_sizes
 from sam_ds.bench.timing import interleave, rows
 from sam_ds.discovery.features import weight_features
 from sam_ds.discovery.kmeans import balanced_kmeans, check_divides
@@ -39,9 +40,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         from k_means_constrained import KMeansConstrained
     except ImportError as error:
         raise InputError(f"{PEER} is not installed: pip install {PEER}") from error
-    for name in ("m", "d", "groups", "experts"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_sizes(options, "m", "d", "groups", "experts")
     if options.model is None:
         check_divides(options.m, options.experts)
         sets = {"synthetic": synthetic_rows(options.m, options.d, groups=options.groups, seed=options.seed)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sam_ds.bench.conversion import SAM, Cell, active_of, distillation_of, measure, score, settings_of
+from sam_ds.bench.options import numbers
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.discovery.kmeans import check_divides
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     The rows are of all methods that `--out` has of this model, text, E, share and seeds.
     """
-    shares, experts = _numbers("shares", options.shares, float), _numbers("experts", options.experts, int)
+    shares, experts = numbers("shares", options.shares, float), numbers("experts", options.experts, int)
     for share in shares:
         if not 0 < share <= 1:
             raise InputError(f"--shares must be above 0 and at most 1, which is the dense model, got {share}")
@@ -192,13 +193,6 @@ def compare(table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _per_neuron(method: str) -> bool:
     return method in BASELINES and BASELINES[method].per_neuron
-
-
-def _numbers(name: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--{name} must be numbers parted by commas, got {text!r}") from error
 
 
 def _domains(corpus: Corpus, text: str | None) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from sam_ds.bench.options import check_sizes, numbers
 from sam_ds.bench.timing import Timed, interleave
 from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
@@ -86,13 +87,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _check(options: argparse.Namespace) -> list[int]:
     """The list of k. Raises InputError naming the option."""
-    for name in ("d", "m", "tokens", "experts"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    try:
-        active = [int(part) for part in options.active.split(",")]
-    except ValueError as error:
-        raise InputError(f"--active must be numbers parted by commas, got {options.active!r}") from error
+    check_sizes(options, "d", "m", "tokens", "experts")
+    active = numbers("active", options.active, int)
     least = SamConfig.roots + 1
     if not all(least <= k < options.experts for k in active):
         raise InputError(f"--active must be from {least} (one more than the roots) to {options.experts - 1} (one less "

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sam_ds.bench.layer import gated_ffn, random_layer
+from sam_ds.bench.options import check_sizes, numbers
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
@@ -54,18 +55,13 @@ def _check(options: argparse.Namespace) -> list[int]:
     """The list of ep_size. Raises InputError naming the option."""
     from sam_ds.experts.deepspeed_moe import check_ep_size
 
-    for name in ("ranks", "d", "m", "tokens", "experts", "roots"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_sizes(options, "ranks", "d", "m", "tokens", "experts", "roots")
     if options.m % options.experts:
         raise InputError(f"--experts {options.experts} does not divide --m {options.m}")
     if not options.roots < options.active < options.experts:
         raise InputError(f"--active must be between --roots {options.roots} and --experts {options.experts}, "
                          f"got {options.active}")  # fmt: skip
-    try:
-        sizes = [int(part) for part in options.ep.split(",")]
-    except ValueError as error:
-        raise InputError(f"--ep must be numbers parted by commas, got {options.ep!r}") from error
+    sizes = numbers("ep", options.ep, int)
     for ep in sizes:
         check_ep_size(options.experts, options.roots, ep, options.ranks)
         if (options.experts - options.roots) % ep:

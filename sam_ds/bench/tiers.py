@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from sam_ds.bench.options import check_sizes
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import from_pretrained
@@ -40,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rows: what, of both clients. Ratios: the smaller / the larger."""
-    for name in ("d", "m", "layers", "tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_sizes(options, "d", "m", "layers", "tokens")
     if not SamConfig.roots < options.held < options.experts:
         raise InputError(f"--held must be above the root and below --experts {options.experts}, got {options.held}")
     with TemporaryDirectory() as folder:

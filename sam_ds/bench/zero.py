@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sam_ds.bench.options import check_sizes, numbers
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.tiers import converted_llama
 from sam_ds.errors import InputError
@@ -38,13 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rows: a precision and stage. Ratios: bytes of each stage / stage 0, and of 4 bits / half precision."""
-    for name in ("ranks", "d", "m", "layers", "experts"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    try:
-        stages = [int(part) for part in options.stages.split(",")]
-    except ValueError as error:
-        raise InputError(f"--stages must be numbers parted by commas, got {options.stages!r}") from error
+    check_sizes(options, "ranks", "d", "m", "layers", "experts")
+    stages = numbers("stages", options.stages, int)
     if not set(stages) <= {0, 1, 2, 3}:
         raise InputError(f"--stages must be of 0, 1, 2 and 3, got {options.stages}")
     cases = [(case, stage) for case in _CASES for stage in stages]

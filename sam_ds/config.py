@@ -98,6 +98,7 @@ class TrainSection(Checked):
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone
     lora_rank: Count = 16
     lora_alpha: Positive = 16.0
+    redraw_every: Natural = 0  # rounds after which low-rank rows are merged and new frozen factors drawn; 0 = never
     whole: Probability = 0.0  # share of the steps that visit all experts held: the merged model's part (1903.05134)
     dense: bool = True  # also what belongs to no expert: all of it beside `full` rows, the norms beside `lora` slices
 
@@ -206,6 +207,10 @@ class RunConfig(Checked):
                     f"federation.floor = {federation.floor} asks for {federation.floor * free:g} experts "
                     f"beside the roots, tiers.{name}.experts = {tier.experts} leaves "
                     f"{tier.experts - sam.roots}: lower the floor or raise the tier's budget")
+        sliced = self.method == "sam" and all(tier.trains == "lora" for tier in self.tiers.values() if tier.share > 0.0)
+        if self.train.redraw_every and not sliced:
+            raise InputError(f"train.redraw_every = {self.train.redraw_every} is of low-rank slices: give 0, or "
+                             "method = 'sam' with trains = 'lora' in every tier")
         total = math.fsum(tier.share for tier in self.tiers.values())
         if abs(total - 1.0) > 1e-6:
             shares = ", ".join(f"{name} {tier.share:g}" for name, tier in self.tiers.items())

@@ -25,6 +25,7 @@ from sam_ds.clients.engine import (
     set_learning_rate,
     write_parameters,
 )
+from sam_ds.clients.generations import frozen_factors, generation, weights_folder
 from sam_ds.clients.task import Task, WorkerGroup
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.checkpoint import from_pretrained
@@ -81,7 +82,9 @@ class TierEngine:
         self._frozen = [field for field in self.weights if field.parameter not in fields]
         self._filled: list[Sequence[int] | None] = [None] * len(self.layers)
         """Whose frozen weights are in each layer's slots."""
-        self.checkpoint = Checkpoint(folder)
+        self.folder = folder
+        self.checkpoint = self._experts_file = Checkpoint(folder)
+        self._generation = 0
         path_of = {id(module): path for path, module in model.named_modules()}
         self._paths = [path_of[id(layer)] for layer in self.layers]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -99,6 +102,8 @@ class TierEngine:
     def load(self, task: Task) -> dict[Unit, Tensor]:
         """Fill the engine for a client; returns the units as they are before training, fp32 on the CPU."""
         units = {unit: torch.from_numpy(np.asarray(value)) for unit, value in task.units.items()}
+        if (due := generation(self.config, task.round)) != self._generation:
+            self._begin(due)
         if self.sparse:
             hold_experts(self.layers, self.store, task.held)
             self.model.set_graph(torch.from_numpy(task.graph_LEE))
@@ -109,6 +114,15 @@ class TierEngine:
             layer.counters = no_counts(layer.slots, layer.sam.wg.device) if self.sparse else None
         self.engine.train()
         return units
+
+    def _begin(self, due: int) -> None:
+        """Take the factors and the experts' weights of another generation."""
+        for index, (path, layer) in enumerate(zip(self._paths, self.layers, strict=True)):
+            factors = frozen_factors(layer, index, self.config, due)
+            write_parameters(self.engine, ((f"{path}.lora.{name}", value) for name, value in factors))
+        self._experts_file = Checkpoint(weights_folder(self.folder, due))
+        self._filled = [None] * len(self.layers)
+        self._generation = due
 
     def _values(self, units: Mapping[Unit, Tensor], held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
         """All that changes from client to client, by the name of the parameter; one at a time is in memory."""
@@ -131,7 +145,7 @@ class TierEngine:
             if filled[field.layer] == held[field.layer]:
                 continue
             whole = torch.empty(self._weight_shapes[field.parameter])
-            self.checkpoint.read_experts(field, held[field.layer], whole)
+            self._experts_file.read_experts(field, held[field.layer], whole)
             if layer.backend == "nf4" and field.tensor in ("up", "gate", "gate_up", "down"):
                 rows = [field.read(whole, slot) for slot in range(layer.slots)]
                 for name, packed in layer.pack(field.tensor, rows).items():

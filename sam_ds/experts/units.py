@@ -133,12 +133,17 @@ def prepare(
         for index, layer in enumerate(model.sam_layers):
             layer.lora = LoraSlices(
                 hidden=layer.ffn.hidden, neurons=layer.slots * layer.neurons, gated=layer.ffn.gate is not None,
-                rank=rank, alpha=alpha, seed=seed * 1_000_003 + index, both=trains == "lora-both",
+                rank=rank, alpha=alpha, seed=lora_seed(seed, index), both=trains == "lora-both",
             ).to(layer.sam.wg.device)  # fmt: skip
     train = {field.parameter for field in trained_fields(model, trains)}
     train |= set(shared_parameters(model, trains, dense=dense).values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in train)
+
+
+def lora_seed(seed: int, layer: int) -> int:
+    """What the low-rank factors of a layer are drawn from."""
+    return seed * 1_000_003 + layer
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def _end_record(
         "graph": server.state.graph.astype(int).tolist(), "used": server.state.used_total.tolist(),
         "bounds": bounds(server), "wall_seconds": seconds,
         "orchestration_share": sum(r["orchestration_seconds"] for r in rounds) / wall if wall else 0.0,
-        "bytes_base": int(server.state.ever_held.sum()) * server.base_expert_bytes(),
+        "bytes_base": (server.state.downloads + int(server.state.ever_held.sum())) * server.base_expert_bytes(),
     }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ The server has all experts. Its model is the converted model, with low-rank rows
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from sam_ds.clients.generations import factor_seed, generation, weights_folder
 from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
@@ -25,6 +29,7 @@ from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import headline, perplexity_by_domain
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
+from sam_ds.experts.slots import Checkpoint
 from sam_ds.experts.units import (
     expert_weights,
     prepare,
@@ -58,16 +63,12 @@ class Server:
             raise InputError(f"tiers train {' and '.join(sorted(trains))}: updates of different kinds cannot be "
                              "averaged; give every tier the same `trains`")  # fmt: skip
         self.trains = trains.pop()
-        settings = config.train
-        prepare(
-            self.model, self.trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed,
-            dense=settings.dense,
-        )  # fmt: skip
+        self._base = base
+        self._begin(0)
         self.layers, self.num_experts = len(self.model.sam_layers), config.sam.num_experts
         self._everything = [tuple(range(self.num_experts))] * self.layers
         self._fields = trained_fields(self.model, self.trains)
-        self._shared = shared_parameters(self.model, self.trains, dense=settings.dense)
-        self._parameters = dict(self.model.named_parameters())
+        self._shared = shared_parameters(self.model, self.trains, dense=config.train.dense)
         self.state = self._first_state()
         self.evaluation_seconds = 0.0
         """Spent in evaluations since the process started."""
@@ -125,8 +126,47 @@ class Server:
         if mine.keys() != given.keys() or any(mine[u].shape != given[u].shape for u in mine):
             raise InputError("the checkpoint holds other tensors than this model and method train; resume with the "
                              "run's own configuration")  # fmt: skip
+        if due := generation(self.config, state.round + 1):
+            stored = Checkpoint(weights_folder(self._base, due))
+            with torch.no_grad():
+                for name in self._expert_weights():
+                    self._parameters[name].copy_(stored.read(name))
+            self._begin(due)
         self.state = state
         self.follow_state()
+
+    def redraw(self) -> None:
+        """End a generation after the round that is finished: add the low-rank rows to the weights, put these where the
+        clients find them, and begin anew with other frozen factors. The function of the model stays the same."""
+        due = generation(self.config, self.state.round + 1)
+        self.model.fold_lora()
+        target = weights_folder(self._base, due)
+        unfinished = target.with_name(f".{target.name}")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        weights = {name: self._parameters[name].detach() for name in self._expert_weights()}
+        save_file(weights, unfinished / "model.safetensors")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(unfinished, target)
+        self._begin(due)
+        state = self.state
+        for unit, value in state.units.items():
+            if isinstance(unit, ExpertUnit) and unit.tensor.endswith("_rows"):
+                state.units[unit] = np.zeros_like(value)
+                state.moments.pop(unit, None)
+        state.downloads += int(state.ever_held.sum())
+        state.ever_held[:] = False
+
+    def _begin(self, due: int) -> None:
+        """Let train what the method trains, with the frozen factors of a generation."""
+        settings = self.config.train
+        prepare(
+            self.model, self.trains, rank=settings.lora_rank, alpha=settings.lora_alpha,
+            seed=factor_seed(self.config, due), dense=settings.dense,
+        )  # fmt: skip
+        self._parameters = dict(self.model.named_parameters())
+
+    def _expert_weights(self) -> list[str]:
+        return [field.parameter for field in expert_weights(self.model)]
 
     def follow_state(self) -> None:
         """Bring the model's parameters and graph to what the state says."""

@@ -49,7 +49,9 @@ class ServerState:
     used_total: NDArray[np.int64]
     """(L, E, E) credited edges since the start."""
     ever_held: NDArray[np.bool_]
-    """(N, L, E) which clients have downloaded which base experts."""
+    """(N, L, E) which clients have downloaded which base experts of this generation."""
+    downloads: int = 0
+    """Base experts downloaded in the generations before it."""
     losses: list[float] = field(default_factory=list)
     """Validation loss after each round, round 0 first; nats a token."""
     gamma: float = 0.0
@@ -63,7 +65,7 @@ def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    scalars = json.dumps({"round": state.round, "losses": state.losses, "gamma": state.gamma})
+    scalars = json.dumps({name: getattr(state, name) for name in ("round", "losses", "gamma", "downloads")})
     metadata = {"version": _VERSION, "scalars": scalars, "checksum": str(_checksum(arrays, scalars))}
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"round-{state.round:05d}.safetensors"
@@ -101,6 +103,11 @@ def load_checkpoint(path: Path) -> ServerState:
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints in a folder, oldest first."""
     return sorted(p for p in folder.glob("round-*.safetensors") if re.fullmatch(r"round-\d{5}\.safetensors", p.name))
+
+
+def checkpoint_round(path: Path) -> int:
+    """The round that a checkpoint is of, by its name."""
+    return int(path.stem.removeprefix("round-"))
 
 
 def write_atomically(target: Path, data: bytes) -> None:

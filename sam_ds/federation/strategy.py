@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from tqdm.auto import tqdm
 
+from sam_ds.clients.generations import drop_before, generation
 from sam_ds.clients.task import Task
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer
@@ -30,7 +31,7 @@ from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
 from sam_ds.federation.server import Server
-from sam_ds.federation.state import save_checkpoint
+from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
 from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import (
     ByteCount,
@@ -113,6 +114,10 @@ class SamStrategy(Strategy):
         assert self._planned is not None
         record = self.server.method.adapt(self.server, round_)
         self.server.state.round = round_
+        config = self.server.config
+        if (due := generation(config, round_ + 1)) > generation(config, round_):
+            self.server.redraw()
+            record |= {"generation": due}
         self._evaluate_round(round_, record | {"aggregation": dict(metrics)}, evaluated)
         return True
 
@@ -305,6 +310,8 @@ class SamStrategy(Strategy):
         self.log.write_round(round_, scores, facts or {}, self._clock.times(spent), server.state)
         # Last: what a resumed run finds after its checkpoint's round it writes again, what is missing it never does.
         save_checkpoint(server.state, self.run / "checkpoints", keep=server.config.runtime.keep_checkpoints)
+        oldest = checkpoint_round(checkpoints(self.run / "checkpoints")[0])
+        drop_before(self.run / "base", generation(server.config, oldest + 1))
 
 
 def _probability(client: ClientPlan, unit: Unit) -> float:

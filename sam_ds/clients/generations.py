@@ -1,0 +1,53 @@
+"""Generations of low-rank updates: every so many rounds their rows are merged and their frozen factors drawn anew.
+
+A factor that never trains bounds what rows of rank R can say; with a new one the next rows say something else (ReLoRA,
+Lialin et al., 2307.05695, there within one training run). Which generation a round is of, server and clients know from
+the round's number. The experts' own weights of a generation are a file beside the run's base model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from sam_ds.config import RunConfig
+from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.lora import LoraSlices
+from sam_ds.experts.units import lora_seed
+
+
+def generation(config: RunConfig, round_: int) -> int:
+    """How many redraws come before this round."""
+    every = config.train.redraw_every
+    return (round_ - 1) // every if every else 0
+
+
+def factor_seed(config: RunConfig, generation: int) -> int:
+    """What a generation's frozen factors are drawn from; of a CPU generator's seed only 32 bits count."""
+    return config.seed + 104_729 * generation
+
+
+def weights_folder(base: Path, generation: int) -> Path:
+    """Where the experts' weights of a generation are; of the first, the base model itself."""
+    return base.parent / "redrawn" / f"{generation:05d}" if generation else base
+
+
+def drop_before(base: Path, generation: int) -> None:
+    """Delete the weights of all generations before this one; the base model stays."""
+    for folder in (base.parent / "redrawn").glob("[0-9]" * 5):
+        if int(folder.name) < generation:
+            shutil.rmtree(folder)
+
+
+def frozen_factors(layer: SamFFN, index: int, config: RunConfig, generation: int) -> Iterator[tuple[str, Tensor]]:
+    """The factors that the clients of a generation share, by name; `index` is the layer's."""
+    slices = LoraSlices(
+        hidden=layer.ffn.hidden, neurons=0, gated=layer.ffn.gate is not None, rank=config.train.lora_rank,
+        alpha=config.train.lora_alpha, seed=lora_seed(factor_seed(config, generation), index),
+    )  # fmt: skip
+    for name, value in slices.named_parameters():
+        if not name.endswith("_rows"):
+            yield name, value.detach()

@@ -1,0 +1,139 @@
+"""Low-rank rows merged and redrawn: the model stays what it is, on the server, on every client and after a stop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from in_process import Federation, InProcessGrid, assert_equal_states, copy_base, task_for, worker_of
+
+from sam_ds.clients.generations import drop_before, generation, weights_folder
+from sam_ds.clients.worker import Worker
+from sam_ds.errors import InputError
+from sam_ds.federation import strategy as strategy_module
+from sam_ds.federation.metrics import read_records
+from sam_ds.federation.run import run_server
+from sam_ds.federation.setup import clients_of, corpus_of
+from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoint
+from sam_ds.wire.payload import ExpertUnit
+
+TIERS = ("small", "medium", "large")
+LORA = tuple(f"tiers.{tier}.trains=lora" for tier in TIERS)
+EVERY = (*LORA, "train.redraw_every=2", "federation.rounds=5", "federation.server_optimizer=momentum",
+         "runtime.keep_checkpoints=2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def federation(tiny, one_rank, tmp_path_factory):
+    """After five rounds: two redraws, and one round of the third generation."""
+    run = tmp_path_factory.mktemp("run")
+    base = copy_base(tiny, run)
+    config = tiny.config(run, *EVERY)
+    worker = Worker(config, base, clients_of(config, corpus_of(config)), one_rank)
+    yield Federation.of(config, base, worker).start()
+    worker.close()
+
+
+@torch.no_grad()
+def logits(model, ids, everything):
+    with model.active(everything):
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+def rows(state):
+    return {unit: value for unit, value in state.units.items()
+            if isinstance(unit, ExpertUnit) and unit.tensor.endswith("_rows")}  # fmt: skip
+
+
+def test_a_generation_is_known_from_the_round(tiny, tmp_path):
+    config = tiny.config(tmp_path, *LORA, "train.redraw_every=3")
+    assert [generation(config, round_) for round_ in range(1, 9)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert generation(tiny.config(tmp_path, *LORA), 100) == 0
+
+
+def test_a_redraw_leaves_the_function_and_forgets_the_rows(tiny, tmp_path):
+    run = Federation.of(tiny.config(tmp_path, *EVERY), copy_base(tiny, tmp_path))
+    server, ids = run.server, torch.randint(50, (2, 20))
+    for unit, value in rows(server.state).items():
+        rng = np.random.default_rng(len(server.state.moments))
+        server.state.units[unit] = rng.normal(size=value.shape).astype(np.float32)
+        server.state.moments[unit] = (np.ones_like(value),)
+    server.follow_state()
+    factors = {name: p.clone() for name, p in server.model.named_parameters() if name.endswith(("_in", "down_out"))}
+    before = logits(server.model, ids, 8)
+    server.state.round = 2
+    server.state.ever_held[0, 0, :3] = True
+    server.redraw()
+    server.follow_state()
+    torch.testing.assert_close(logits(server.model, ids, 8), before, rtol=1e-4, atol=1e-4)
+    assert not any(value.any() for value in rows(server.state).values()) and not server.state.moments
+    assert server.state.downloads == 3 and not server.state.ever_held.any()
+    for name, value in factors.items():
+        assert not torch.equal(server.model.get_parameter(name), value), name
+
+
+def test_clients_go_on_from_the_servers_model(federation):
+    """One that holds all experts computes what the server's model does, whichever generation its engine was in."""
+    server, worker = federation.server, federation.worker
+    large = next(client for client, tier in enumerate(server.tiers) if tier == "large")
+    engine = worker.engine("large", "lora")
+    ids = torch.randint(50, (2, 20))
+    assert any(value.any() for value in rows(server.state).values())
+    engine.load(task_for(server, large))
+    engine.load(task_for(server, large, round_=6))
+    engine._visit(whole=True)
+    with torch.no_grad():
+        ours = engine.engine.module.eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(ours, logits(server.model, ids, 8), rtol=1e-4, atol=1e-4)
+
+
+def test_old_weights_go_with_the_last_checkpoint_that_needs_them(federation):
+    """Checkpoints of rounds 4 and 5 are there, and both go on in the third generation."""
+    base = federation.run / "base"
+    assert sorted(path.name for path in (federation.run / "redrawn").iterdir()) == ["00002"]
+    assert weights_folder(base, 2).is_dir() and base.is_dir()
+    assert [record.get("generation") for record in federation.records("round")] == [None, None, 1, None, 2, None]
+    drop_before(base, 2)
+    assert weights_folder(base, 2).is_dir()
+
+
+@pytest.mark.parametrize("round_", [1, 2, 3, 4])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_stopped_around_a_redraw_goes_on_as_if_it_had_not(
+    tiny, one_rank, federation, tmp_path, monkeypatch, round_, when
+):
+    class Stopped(Exception):
+        pass
+
+    def crash(state, *args, **kwargs):
+        if state.round == round_ and when == "before":
+            raise Stopped
+        path = save_checkpoint(state, *args, **kwargs)
+        if state.round == round_:
+            raise Stopped
+        return path
+
+    config = tiny.config(tmp_path, *EVERY)
+    base = copy_base(tiny, tmp_path)
+
+    def start():
+        worker = Worker(config, base, clients_of(config, corpus_of(config)), one_rank)
+        with worker_of(worker):
+            run_server(InProcessGrid(config.federation.clients), config)
+        worker.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy_module, "save_checkpoint", crash)
+        with pytest.raises(Stopped):
+            start()
+    start()
+    newest = checkpoints(tmp_path / "checkpoints")[-1]
+    assert_equal_states(load_checkpoint(newest), federation.server.state)
+    end = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "end"][-1]
+    assert end["bytes_base"] > federation.server.base_expert_bytes() * int(federation.server.state.ever_held.sum())
+
+
+@pytest.mark.parametrize("overrides", [(), ("method=fedit",), LORA[:2]])
+def test_what_has_no_slices_is_refused(tiny, tmp_path, overrides):
+    with pytest.raises(InputError, match=r"train.redraw_every = 2 is of low-rank slices: give 0, or method = 'sam'"):
+        tiny.config(tmp_path, "train.redraw_every=2", *overrides)

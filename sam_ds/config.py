@@ -136,7 +136,7 @@ class RuntimeSection(Checked):
     """Processes and files."""
 
     prefix: ClassVar[str] = "runtime."
-    ranks_per_client: Count = 1  # g, the size of a worker group
+    ranks_per_client: Count = 1  # g, the size of a worker group where its tier does not say
     threads: Natural = 0  # per rank; 0 = cores / ranks
     keep_checkpoints: Count = 3
 
@@ -152,6 +152,7 @@ class TierSection(Checked):
     precision: Literal["fp32", "bf16", "nf4"] = "fp32"  # of the frozen weights; nf4 computes in bf16
     trains: Literal["full", "lora"] = "full"  # rows of the held experts, or their slices of an adapter
     ds_config: str = "cpu_zero2.json"  # a file of ds_configs/, or a path
+    ranks: Natural = 0  # of one client's worker group; 0 = runtime.ranks_per_client
     share: Probability  # of the clients; 0 = none
 
 
@@ -192,6 +193,11 @@ class RunConfig(Checked):
         if self.train.batch % self.runtime.ranks_per_client:
             raise InputError(f"train.batch must be a multiple of runtime.ranks_per_client = "
                              f"{self.runtime.ranks_per_client}, got {self.train.batch}")
+        for name, tier in self.tiers.items():
+            for what, whole in (("train.batch", self.train.batch), ("the largest group, of", self.pod)):
+                if tier.share > 0.0 and whole % self.ranks_of(tier):
+                    raise InputError(f"tiers.{name}.ranks = {tier.ranks} does not divide {what} {whole}: give a "
+                                     "divisor of it, or 0 for runtime.ranks_per_client")
         free = sam.num_experts - sam.roots
         if federation.edges < free:
             raise InputError(f"federation.edges must be at least sam.num_experts - sam.roots = {free}, got "
@@ -218,6 +224,16 @@ class RunConfig(Checked):
         # A run config that travelled through a protobuf map has lost the order of its tiers.
         in_order = sorted(self.tiers.items(), key=lambda item: (item[1].experts, item[0]))
         object.__setattr__(self, "tiers", dict(in_order))
+
+
+    def ranks_of(self, tier: TierSection) -> int:
+        """Ranks that train a client of this tier together."""
+        return tier.ranks or self.runtime.ranks_per_client
+
+    @property
+    def pod(self) -> int:
+        """Ranks that take work together: the largest group of a tier, or several smaller ones."""
+        return max((self.ranks_of(tier) for tier in self.tiers.values() if tier.share > 0.0), default=1)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -123,7 +123,7 @@ def new_worker(tiny: Any, one_rank: Any, tmp_path_factory: pytest.TempPathFactor
     def make(*overrides: str) -> Any:
         if overrides not in made:
             config = tiny.config(tmp_path_factory.mktemp("unused"), *overrides)
-            made[overrides] = Worker(config, tiny.base, clients_of(config, corpus_of(config)), one_rank)
+            made[overrides] = Worker(config, tiny.base, clients_of(config, corpus_of(config)), [one_rank])
         return made[overrides]
 
     yield make

@@ -233,6 +233,18 @@ def test_ds_config_of_a_wheel_comes_first_then_the_checkout_then_a_path(
         ds_config_path("b.json")
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["tiers.large.ranks=3"], "tiers.large.ranks = 3 does not divide train.batch 4"),
+    (["train.batch=12", "tiers.large.ranks=3", "tiers.small.ranks=2"],
+     "tiers.small.ranks = 2 does not divide the largest group, of 3"),
+])  # fmt: skip
+def test_groups_of_tiers_must_fit_into_the_largest(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(None, overrides)
+    config = load_config(None, ["tiers.large.ranks=4", "tiers.small.ranks=2"])
+    assert config.pod == 4 and [config.ranks_of(tier) for tier in config.tiers.values()] == [2, 1, 4]
+
+
 AUTO = {"train_micro_batch_size_per_gpu", "gradient_clipping", "bf16.enabled"}
 
 

@@ -90,7 +90,7 @@ def train_on_two_ranks(rank: int, tiny: Tiny, tiers: dict[str, str], folder: Pat
         overrides = ("runtime.ranks_per_client=2", f"tiers.medium.ds_config={ds_config}")
         config = tiny.config(folder / f"run-{rank}", *overrides)
         server = Federation.of(config, tiny.base).server
-        worker = Worker(config, tiny.base, clients_of(config, corpus_of(config)), group)
+        worker = Worker(config, tiny.base, clients_of(config, corpus_of(config)), [group])
         worker.register(MEDIUM, "medium", "full")
         task = task_for(server, MEDIUM)
         first = worker.train(task)

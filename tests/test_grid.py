@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from datetime import timedelta
@@ -73,7 +74,7 @@ class Workers:
         identify(0)
         self.grid = DeepSpeedGrid(Mailbox(server_store), clients, groups)
         self.threads = [
-            threading.Thread(target=serve, args=(Mailbox(connect()), app, Alone(), context), daemon=True)
+            threading.Thread(target=serve, args=(Mailbox(connect()), app, Alone(), {1: Alone()}, context), daemon=True)
             for _ in range(groups)
         ]
         for thread in self.threads:
@@ -186,6 +187,58 @@ def test_stop_lets_pushed_work_finish(workers):
     assert len(list(served.grid.pull_messages(identities))) == 7
     # What the fixture sends again, nobody is there to take.
     served.threads = []
+
+
+class Rank:
+    """One rank of a pod of two, in a thread; `peer` has the bytes that its leader shares."""
+
+    def __init__(self, position, ranks, shared):
+        self.position, self.ranks, self.shared = position, ranks, shared
+
+
+def test_a_pod_takes_as_many_messages_as_it_has_groups(server_store, connect, monkeypatch):
+    """Messages of even numbers want both ranks, those of odd numbers one: two of them are answered at a time."""
+    from sam_ds.federation import grid as module
+
+    def broadcast(data, group):
+        if len(group.ranks) == 1:
+            return data
+        if group.position == 0:
+            group.shared.put(data)
+            return data
+        return group.shared.get(timeout=20)
+
+    monkeypatch.setattr(module, "_broadcast", broadcast)
+    identify(0)
+    app, seen, both = ClientApp(), {"0": [], "1": []}, threading.Barrier(2)
+
+    @app.train()
+    def answer(message, context):
+        number = message.content["in"]["number"]
+        # Two ranks are always here together: on one message, or on one each.
+        both.wait(20)
+        seen[threading.current_thread().name].append(number)
+        return Message(RecordDict({"out": ConfigRecord({"number": number})}), reply_to=message)
+
+    grid = DeepSpeedGrid(Mailbox(server_store), 8, 1, lambda message: 1 + message.content["in"]["number"] % 2)
+    shared = queue.Queue()
+    threads = []
+    for position in (0, 1):
+        groups = {1: Rank(position, (0, 1), shared), 2: Rank(0, (position,), None)}
+        threads.append(threading.Thread(target=serve, name=str(position), daemon=True,
+                                        args=(Mailbox(connect()), app, groups[1], groups, context)))  # fmt: skip
+        threads[-1].start()
+    messages = [
+        grid.create_message(RecordDict({"in": ConfigRecord({"number": number})}), "train", 1, "1")
+        for number in (1, 0, 3, 2, 4, 5, 7)
+    ]
+    replies = list(grid.send_and_receive(messages, timeout=20))
+    grid.stop()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert sorted(reply.content["out"]["number"] for reply in replies) == [0, 1, 2, 3, 4, 5, 7]
+    assert seen == {"0": [0, 1, 2, 4, 5], "1": [0, 3, 2, 4, 7]}
 
 
 def test_the_run_is_kept(server_store):

@@ -92,6 +92,21 @@ def test_two_ranks_are_one(finished):
 
 
 @pytest.mark.distributed
+def test_clients_of_a_tier_may_want_more_ranks_than_those_of_another(finished, tiny, tmp_path):
+    """The large ones train on both, under ZeRO-3, the others on one each, two at a time; to rounding it is one run."""
+    overrides = (*ROUNDS, "tiers.large.ranks=2", "tiers.large.ds_config=zero3.json")
+    process = deepspeed(2, free_port(), *arguments(tiny, tmp_path / "run", *overrides))
+    assert process.returncode == 0, process.stderr[-3000:]
+    one, mixed = (read_records(folder / "metrics.jsonl") for folder in (finished[1], tmp_path / "run"))
+    kinds = [[(r["kind"], r.get("client"), r.get("status")) for r in records] for records in (one, mixed)]
+    assert kinds[0] == kinds[1] and "large" in {r.get("tier") for r in mixed}
+    for mine, yours in zip(one, mixed, strict=True):
+        for name in ("validation_loss", "loss_first", "loss_last"):
+            if name in mine:
+                assert yours[name] == pytest.approx(mine[name], rel=1e-3), (mine["kind"], name)
+
+
+@pytest.mark.distributed
 def test_ranks_that_do_not_divide(tiny, tmp_path):
     out = tmp_path / "run"
     process = deepspeed(2, free_port(), *arguments(tiny, out, "runtime.ranks_per_client=4"))

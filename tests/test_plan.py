@@ -74,7 +74,7 @@ def test_more_ranks_a_client_need_less_of_each_under_zero_3(tiny, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "arguments", "message"), [
     (["method=fedavg"], {}, "plan is of method = 'sam'"),
-    (["runtime.ranks_per_client=2"], {"ranks": 3}, "--ranks 3 is no multiple of runtime.ranks_per_client = 2"),
+    (["runtime.ranks_per_client=2"], {"ranks": 3}, "--ranks 3 is no multiple of the largest worker group, of 2"),
     ([], {"rank_gib": 1e-4}, r"a rank needs 0.0 GiB for the engines .* tiers.large fewer experts"),
     (["tiers.small.memory_gib=1e-5"], {}, "tiers.small: 4 experts with 'full' training need about"),
     (["sam.num_experts=12", "federation.floor=0.1", "federation.edges=20"], {}, "num_experts=12 does not divide"),

@@ -29,7 +29,7 @@ def federation(tiny, one_rank, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     base = copy_base(tiny, run)
     config = tiny.config(run, *EVERY)
-    worker = Worker(config, base, clients_of(config, corpus_of(config)), one_rank)
+    worker = Worker(config, base, clients_of(config, corpus_of(config)), [one_rank])
     yield Federation.of(config, base, worker).start()
     worker.close()
 
@@ -117,7 +117,7 @@ def test_a_run_stopped_around_a_redraw_goes_on_as_if_it_had_not(
     base = copy_base(tiny, tmp_path)
 
     def start():
-        worker = Worker(config, base, clients_of(config, corpus_of(config)), one_rank)
+        worker = Worker(config, base, clients_of(config, corpus_of(config)), [one_rank])
         with worker_of(worker):
             run_server(InProcessGrid(config.federation.clients), config)
         worker.close()

@@ -172,7 +172,7 @@ def test_dense_methods_use_one_engine_whichever_client_comes_first(tiny, one_ran
     from sam_ds.clients.worker import Worker
 
     config = tiny.config(tiny.base, "method=fedavg", "tiers.small.ds_config=cpu_zero0.json")
-    worker = Worker(config, tiny.base, [], one_rank)
+    worker = Worker(config, tiny.base, [], [one_rank])
     assert worker.engine("small", "all") is worker.engine("large", "all")
     assert worker.engine("small", "all").engine.zero_optimization_stage() == 2
     worker.close()

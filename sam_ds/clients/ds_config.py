@@ -31,7 +31,7 @@ def ds_config(tier: TierSection, config: RunConfig, trained: int) -> dict[str, A
     Raises InputError for a value that contradicts the run.
     """
     filled = {
-        "train_micro_batch_size_per_gpu": config.train.batch // config.runtime.ranks_per_client,
+        "train_micro_batch_size_per_gpu": config.train.batch // config.ranks_of(tier),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.clip,
         "bf16.enabled": tier.precision != "fp32",

@@ -91,7 +91,7 @@ def estimate(dense: PreTrainedModel, tier: TierSection, config: RunConfig) -> Es
     model = slot_model(dense, tier, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zero = ds_config(tier, config, trained)["zero_optimization"]
-    stage, ranks = zero.get("stage", 0), config.runtime.ranks_per_client
+    stage, ranks = zero.get("stage", 0), config.ranks_of(tier)
     offloads = {name for name in ("optimizer", "param") if (zero.get(f"offload_{name}") or {}).get("device") == "cpu"}
     word, shards = (4 if tier.precision == "fp32" else 2), (ranks if stage == 3 else 1)
     adapters = word * sum(p.numel() for name, p in model.named_parameters() if ".lora." in name)
@@ -130,7 +130,7 @@ def _matrices(model: PreTrainedModel) -> int:
 def _passes(model: PreTrainedModel, tier: TierSection, config: RunConfig, *, kept: float) -> int:
     """Bytes at the height of a forward and backward pass, beyond the model's own; `kept` is the share of a gradient
     that stays once it is there."""
-    tokens = (config.train.batch // config.runtime.ranks_per_client, config.train.sequence)
+    tokens = (config.train.batch // config.ranks_of(tier), config.train.sequence)
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtype = torch.float32 if tier.precision == "fp32" else torch.bfloat16
         tied: dict[nn.Parameter, nn.Parameter] = {}

@@ -155,7 +155,7 @@ class TierEngine:
         self._filled = list(held)
 
     def step(self, ids_BS: Tensor, lr: float, *, whole: bool = False) -> float:
-        """One optimizer step on this rank's share of the batch; the loss in nats a token.
+        """One optimizer step on this rank's share of the batch; its loss in nats a token.
 
         `whole`: every token visits all experts held. What is learned over routes alone fits the sparse model, not
         the merged one; slimmable networks train their largest width beside the smaller ones for the same reason.
@@ -171,6 +171,14 @@ class TierEngine:
     def _visit(self, *, whole: bool) -> None:
         for layer, budget in zip(self.layers, self.budgets, strict=True):
             layer.top_k = layer.slots if whole or not self.sparse else min(budget, layer.slots)
+
+    def mean_over_group(self, losses: list[float]) -> list[float]:
+        """Of the whole batches, from those of this rank's shares."""
+        if len(self.group.ranks) == 1:
+            return losses
+        total = torch.tensor(losses, device=self.engine.device)
+        dist.all_reduce(total, group=self.group.group)
+        return (total / len(self.group.ranks)).tolist()
 
     def read(self, held: Sequence[Sequence[int]]) -> dict[Unit, Tensor]:
         """The units as they are now."""

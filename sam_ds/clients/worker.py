@@ -22,21 +22,22 @@ from sam_ds.clients.tier_engine import TierEngine
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import batch_indices, pack
 from sam_ds.data.partition import ClientData
+from sam_ds.errors import InputError
 from sam_ds.wire.payload import ExpertUnit
 
 _REGISTRATION_TOKENS = 2048
 
 
 class Worker:
-    """Trains virtual clients on this rank's worker group."""
+    """Trains virtual clients on this rank's worker groups, one for each number of ranks that a tier asks for."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, clients: Sequence[ClientData], group: WorkerGroup
+        self, config: RunConfig, folder: Path, clients: Sequence[ClientData], groups: Sequence[WorkerGroup]
     ) -> None:
         self.config = config
         self.folder = folder
         self.clients = clients
-        self.group = group
+        self._groups = {len(group.ranks): group for group in groups}
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._engines: dict[tuple[str, str], TierEngine] = {}
         self._rows: dict[int, NDArray[np.int64]] = {}
@@ -49,13 +50,15 @@ class Worker:
 
     def engine(self, tier: str, trains: str) -> TierEngine:
         """The engine for this tier, built at first use. Methods that train the dense model share one."""
-        if trains not in ("full", "lora"):
-            # Not the tier that happens to come first: ranks must not differ.
-            tier = [name for name, section in self.config.tiers.items() if section.share > 0.0][-1]
+        tier = engine_tier(self.config, tier, trains)
         key = (tier, trains)
         if key not in self._engines:
             section = self.config.tiers[tier]
-            self._engines[key] = TierEngine(self.config, self.folder, section, trains, self.group)
+            size = self.config.ranks_of(section)
+            if size not in self._groups:
+                raise InputError(f"tiers.{tier} wants {size} ranks a client; this process has groups of "
+                                 f"{', '.join(map(str, self._groups))}: start it with the DeepSpeed launcher")
+            self._engines[key] = TierEngine(self.config, self.folder, section, trains, self._groups[size])
         return self._engines[key]
 
     def register(self, client: int, tier: str, trains: str) -> tuple[int, NDArray[np.float32], NDArray[np.float32]]:
@@ -71,7 +74,7 @@ class Worker:
         return len(rows), scores, rates
 
     def train(self, task: Task) -> Result:
-        """Run one task on this group; collective over the group's ranks, which all return the same."""
+        """Run one task on its tier's group; collective over the group's ranks, which all return the same."""
         started = time.time()
         clock = time.perf_counter()
         engine = self.engine(task.tier, task.trains)
@@ -86,6 +89,7 @@ class Worker:
             engine.step(torch.from_numpy(rows[picked]), learning_rate(self.config, task.round, step), whole=whole)
             for step, (picked, whole) in enumerate(zip(order, settings.whole_steps(), strict=True))
         ]
+        losses = engine.mean_over_group(losses)
         after = engine.read(task.held)
         sent = [set(experts) for experts in task.sent]
         deltas = {
@@ -105,6 +109,14 @@ class Worker:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+
+
+def engine_tier(config: RunConfig, tier: str, trains: str) -> str:
+    """The tier whose engine trains a client of `tier`: its own, or one for all where every client trains everything,
+    not the one that happens to come first, for ranks must not differ."""
+    if trains in ("full", "lora"):
+        return tier
+    return [name for name, section in config.tiers.items() if section.share > 0.0][-1]
 
 
 def learning_rate(config: RunConfig, round_: int, step: int) -> float:

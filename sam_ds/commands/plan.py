@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             "round": {name: plan.expected(name, drawn) for name in ("down", "up", "flops")} | {"seconds": seconds}
         }))  # fmt: skip
         return 0
-    size = config.runtime.ranks_per_client
+    size = config.pod
     print(f"{config.model}: {config.federation.clients} clients, {drawn} a round, {config.federation.rounds} rounds; "
           f"{config.sam.num_experts} experts a layer, {config.sam.top_k} visited")  # fmt: skip
     print(f"{plan.ranks} ranks in {plan.groups} groups of {size}; a rank needs {plan.rank_bytes / GIB:.1f} of "
@@ -45,12 +45,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _table(plan: RunPlan) -> None:
     header = [
-        "tier", "clients", "experts", "precision", "trains", "GiB a rank", "weights", "adapters", "optimizer",
+        "tier", "clients", "experts", "precision", "trains", "ranks", "GiB a rank", "weights", "adapters", "optimizer",
         "and gradients", "or activations", "allowed", "first GiB", "MiB down", "MiB up", "PFLOPs",
     ]  # fmt: skip
     rows = [
         [
-            own.name, str(own.clients), str(own.tier.experts), own.tier.precision, own.tier.trains,
+            own.name, str(own.clients), str(own.tier.experts), own.tier.precision, own.tier.trains, str(own.ranks),
             *(f"{value / GIB:.2f}" for value in (own.memory.peak, own.memory.weights, own.memory.adapters,
                                                  own.memory.optimizer, own.memory.gradients, own.memory.activations)),
             f"{own.tier.memory_gib:g}", f"{own.first / GIB:.2f}", f"{own.down / _MIB:.1f}", f"{own.up / _MIB:.1f}",

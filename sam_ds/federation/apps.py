@@ -93,4 +93,4 @@ def _lone_worker(config: RunConfig) -> Worker:
     os.environ.setdefault("LOCAL_RANK", "0")
     dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=0, world_size=1)
     corpus = corpus_of(config)
-    return Worker(config, Path(config.out) / "base", clients_of(config, corpus), WorkerGroup([0], dist.group.WORLD))
+    return Worker(config, Path(config.out) / "base", clients_of(config, corpus), [WorkerGroup([0], dist.group.WORLD)])

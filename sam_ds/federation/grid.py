@@ -1,16 +1,18 @@
 """Flower's `Grid` over the ranks of one DeepSpeed launch: virtual clients are Flower nodes.
 
 Messages travel as the protobuf bytes that Flower would send, through a key-value store (torch's TCPStore) that rank 0
-serves. Worker groups take the next message from a shared counter as they become free, so a slow client holds up its
-own group only. The server app runs in a thread beside rank 0's worker; the main threads do all DeepSpeed work.
+serves. Pods of ranks take the next message from a shared counter as they become free, so a slow client holds up its own
+pod only; a pod that is larger than a client's group takes as many messages of such clients as it has groups. The server
+app runs in a thread beside rank 0's worker; the main threads do all DeepSpeed work.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -84,11 +86,15 @@ def open_stores() -> tuple[dist.Store | None, dist.Store]:
 class DeepSpeedGrid(Grid):
     """The server's side: push messages for virtual clients, pull their replies. Used by one thread."""
 
-    def __init__(self, mailbox: Mailbox, clients: int, groups: int) -> None:
+    def __init__(
+        self, mailbox: Mailbox, clients: int, pods: int, lanes: Callable[[Message], int] = lambda _: 1
+    ) -> None:
+        """`lanes(message)`: how many messages like this one a pod answers at a time."""
         self._mailbox = mailbox
         self._nodes = list(range(1, clients + 1))
-        self._groups = groups
-        self._pushed = 0
+        self._pods = pods
+        self._lanes = lanes
+        self._messages = self._tasks = 0
         self._run = Run.create_empty(1)
 
     def set_run(self, run: Run) -> None:
@@ -108,13 +114,24 @@ class DeepSpeedGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
+        waiting: dict[int, list[str]] = {}
         for message in messages:
-            identity = str(self._pushed)
+            identity = str(self._messages)
+            self._messages += 1
             message.metadata.__dict__["_message_id"] = identity
-            self._mailbox.put(f"task/{identity}", message_to_proto(message).SerializeToString())
-            self._pushed += 1
+            self._mailbox.put(f"message/{identity}", message_to_proto(message).SerializeToString())
             ids.append(identity)
+            lanes = self._lanes(message)
+            waiting.setdefault(lanes, []).append(identity)
+            if len(waiting[lanes]) == lanes:
+                self._put_task(lanes, waiting.pop(lanes))
+        for lanes, identities in waiting.items():
+            self._put_task(lanes, identities)
         return ids
+
+    def _put_task(self, lanes: int, messages: list[str]) -> None:
+        self._mailbox.put(f"task/{self._tasks}", json.dumps([lanes, messages]).encode())
+        self._tasks += 1
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ready = [identity for identity in message_ids if self._mailbox.has(f"reply/{identity}")]
@@ -136,26 +153,35 @@ class DeepSpeedGrid(Grid):
         return replies
 
     def stop(self) -> None:
-        """Send every worker group home; each takes one message after all that were pushed before."""
-        for _ in range(self._groups):
-            self._mailbox.put(f"task/{self._pushed}", b"")
-            self._pushed += 1
+        """Send every pod home; each takes one empty task after all that were pushed before."""
+        for _ in range(self._pods):
+            self._mailbox.put(f"task/{self._tasks}", b"")
+            self._tasks += 1
 
 
 def serve(
-    mailbox: Mailbox, app: ClientApp, group: WorkerGroup, context: Callable[[int], Context]
-) -> None:
-    """A worker group's main loop: take a message, run the ClientApp on every rank of the group, reply.
+    mailbox: Mailbox, app: ClientApp, pod: WorkerGroup, groups: Mapping[int, WorkerGroup],
+    context: Callable[[int], Context],
+) -> None:  # fmt: skip
+    """A rank's main loop: its pod takes a task, the groups in it run the ClientApp on a message each and reply.
 
-    `context(node_id)` gives the virtual client's Flower context. An exception becomes an error reply.
+    `groups`: by the number of messages that a pod answers at a time, this rank's. `context(node_id)` gives the virtual
+    client's Flower context. An exception becomes an error reply.
     """
-    leader = group.position == 0
     while True:
-        identity = str(mailbox.store.add("next", 1) - 1) if leader else ""
-        data = mailbox.take(f"task/{identity}") if leader else b""
-        data = _broadcast(data, group)
-        if not data:
+        task = b""
+        if pod.position == 0:
+            task = mailbox.take(f"task/{mailbox.store.add('next', 1) - 1}")
+        task = _broadcast(task, pod)
+        if not task:
             return
+        lanes, messages = json.loads(task)
+        group = groups[lanes]
+        lane, leader = pod.position // len(group.ranks), group.position == 0
+        if lane >= len(messages):
+            continue
+        identity = messages[lane]
+        data = _broadcast(mailbox.take(f"message/{identity}") if leader else b"", group)
         message = message_from_proto(ProtoMessage.FromString(data))
         node = message.metadata.dst_node_id
         try:

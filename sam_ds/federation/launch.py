@@ -1,7 +1,7 @@
 """One rank of `deepspeed launch/run_federation.py`: a worker on every rank, the Flower server app beside rank 0's.
 
-Ranks form worker groups of `runtime.ranks_per_client`; each group trains one virtual client at a time. Exit codes:
-0 done, 2 bad input, 1 anything else.
+Ranks form pods as large as the largest worker group of a tier; in a pod as many clients train at a time as there are
+groups of theirs in it. Exit codes: 0 done, 2 bad input, 1 anything else.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from transformers.utils import logging as hf_logging
 
 from sam_ds.clients.task import WorkerGroup
-from sam_ds.clients.worker import Worker
+from sam_ds.clients.worker import Worker, engine_tier
 from sam_ds.config import RunConfig, flatten, load_config
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app, server_app, set_worker
@@ -68,14 +69,15 @@ def _configured(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
 
 def _run(config: RunConfig, *, resume: bool) -> int:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    size = config.runtime.ranks_per_client
+    pod = config.pod
     # Rank 0 decides for all; the others learn the outcome, so that nobody waits for a rank that has left.
     outcome: list[str | None] = [None, None]
     if rank == 0:
         try:
-            if ranks % size:
-                raise InputError(f"runtime.ranks_per_client={size} does not divide the {ranks} ranks of this launch; "
-                                 f"start a multiple of {size} (deepspeed --num_gpus N) or lower it")  # fmt: skip
+            if ranks % pod:
+                name = "runtime.ranks_per_client" if pod == config.runtime.ranks_per_client else "a tier's ranks"
+                raise InputError(f"{name}={pod} does not divide the {ranks} ranks of this launch; start a multiple of "
+                                 f"{pod} (deepspeed --num_gpus N) or lower it")
             outcome[0] = config.out if resume else str(open_run(config, default_out=RunConfig().out))
             prepare(replace(config, out=outcome[0]))
         except InputError as error:
@@ -88,21 +90,17 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         dist.barrier()
         return 2
     config = replace(config, out=str(outcome[0]))
-    groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
-    # Every rank makes every group, in the same order.
-    handles = [dist.new_group(group) for group in groups]
-    mine = rank // size
-    group = WorkerGroup(groups[mine], handles[mine])
+    groups = _groups(config)
     server_store, store = open_stores()
     corpus = corpus_of(config)
-    worker = Worker(config, Path(config.out) / "base", clients_of(config, corpus), group)
+    worker = Worker(config, Path(config.out) / "base", clients_of(config, corpus), list(groups.values()))
     set_worker(worker)
     identify(rank)
     failures: list[BaseException] = []
     thread = None
     if rank == 0:
         assert server_store is not None
-        grid = DeepSpeedGrid(Mailbox(server_store), config.federation.clients, len(groups))
+        grid = DeepSpeedGrid(Mailbox(server_store), config.federation.clients, ranks // pod, partial(_lanes, config))
         thread = threading.Thread(target=_serve_app, args=(grid, config, failures), name="server-app")
         thread.start()
 
@@ -112,7 +110,7 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         }  # fmt: skip
         return Context(run_id=1, node_id=node, node_config=facts, state=RecordDict(), run_config=flatten(config))
 
-    serve(Mailbox(store), client_app, group, context)
+    serve(Mailbox(store), client_app, groups[1], groups, context)
     worker.close()
     if thread is not None:
         thread.join()
@@ -121,6 +119,27 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         print(f"run_federation: {failures[0]}", file=sys.stderr)
         return 2 if isinstance(failures[0], InputError) else 1
     return 0
+
+
+def _groups(config: RunConfig) -> dict[int, WorkerGroup]:
+    """This rank's worker groups, by how many of them are in a pod."""
+    rank, ranks, mine = dist.get_rank(), dist.get_world_size(), {}
+    sizes = {config.pod} | {config.ranks_of(tier) for tier in config.tiers.values() if tier.share > 0.0}
+    # Every rank makes every group, in the same order.
+    for size in sorted(sizes):
+        for first in range(0, ranks, size):
+            members = list(range(first, first + size))
+            handle = dist.new_group(members)
+            if rank in members:
+                mine[config.pod // size] = members, handle
+    return {lanes: WorkerGroup(members, handle) for lanes, (members, handle) in mine.items()}
+
+
+def _lanes(config: RunConfig, message: Message) -> int:
+    """How many messages like this one a pod answers at a time."""
+    asked = message.content["task"]
+    tier = asked["tier"] if "tier" in asked else asked["tiers"][message.metadata.dst_node_id - 1]
+    return config.pod // config.ranks_of(config.tiers[engine_tier(config, tier, asked["trains"])])
 
 
 def _serve_app(grid: DeepSpeedGrid, config: RunConfig, failures: list[BaseException]) -> None:

@@ -65,6 +65,8 @@ class TierPlan:
     name: str
     clients: int
     tier: TierSection
+    ranks: int
+    """That train one of them together."""
     memory: Estimate
     """On each rank of its group."""
     first: int
@@ -85,6 +87,7 @@ class RunPlan:
     tiers: Sequence[TierPlan]
     ranks: int
     groups: int
+    """Of the largest size; the clients of smaller ones share them."""
     rank_bytes: int
     """A rank keeps an engine for every tier, and trains in one at a time."""
 
@@ -94,9 +97,9 @@ class RunPlan:
         return clients / total * sum(plan.clients * float(getattr(plan, what)) for plan in self.tiers)
 
     def seconds(self, clients: int, flops_per_second: float) -> float:
-        """Expected time of a round's local training: groups share the work, and the last client is not divided."""
-        speed = flops_per_second * self.ranks / self.groups
-        return max(self.expected("flops", clients) / self.groups, max(plan.flops for plan in self.tiers)) / speed
+        """Expected time of a round's local training: the ranks share the work, and the last client is not divided."""
+        longest = max(plan.flops / plan.ranks for plan in self.tiers)
+        return max(self.expected("flops", clients) / self.ranks, longest) / flops_per_second
 
 
 def plan_run(config: RunConfig, *, ranks: int, rank_gib: float) -> RunPlan:
@@ -104,9 +107,9 @@ def plan_run(config: RunConfig, *, ranks: int, rank_gib: float) -> RunPlan:
     if config.method != "sam":
         raise InputError(f"plan is of method = 'sam', where tiers differ; {config.method} trains the whole model on "
                          "every client")  # fmt: skip
-    size = config.runtime.ranks_per_client
+    size = config.pod
     if ranks < 1 or ranks % size:
-        raise InputError(f"--ranks {ranks} is no multiple of runtime.ranks_per_client = {size}")
+        raise InputError(f"--ranks {ranks} is no multiple of the largest worker group, of {size}")
     with readable(config.model):
         embedded = config.model == "embedded"
         architecture = base_config(BaseRecipe()) if embedded else AutoConfig.from_pretrained(config.model)
@@ -122,7 +125,7 @@ def plan_run(config: RunConfig, *, ranks: int, rank_gib: float) -> RunPlan:
         worst = max(tiers, key=lambda own: own.memory.peak)
         raise InputError(f"a rank needs {rank_bytes / GIB:.1f} GiB for the engines of all tiers, it has {rank_gib:g}: "
                          f"give tiers.{worst.name} fewer experts, precision = 'nf4' or a ds_config that offloads, or "
-                         "raise runtime.ranks_per_client under ZeRO-3")  # fmt: skip
+                         "raise its ranks under ZeRO-3")  # fmt: skip
     return RunPlan(tiers=tiers, ranks=ranks, groups=ranks // size, rank_bytes=rank_bytes)
 
 
@@ -145,7 +148,7 @@ def _tier_plan(
     word = _WIRE[config.wire.values]
     graph = len(model.sam_layers) * config.sam.num_experts**2
     return TierPlan(
-        name=name, clients=clients, tier=tier, memory=memory,
+        name=name, clients=clients, tier=tier, ranks=config.ranks_of(tier), memory=memory,
         first=2 * (other + tier.experts * sum(_of_one(field, sizes, tier.experts) for field in frozen)),
         down=4 * (tier.experts * expert + shared) + graph,
         up=word * ((tier.sends or tier.experts) * expert + shared) + _COUNTER * len(model.sam_layers) * tier.experts**2,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from families import build, convert
 
 from sam_ds.bench import memory as bench
@@ -16,6 +17,7 @@ from sam_ds.clients.memory import Estimate, estimate, slot_model
 from sam_ds.config import TierSection, load_config
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.model import add_assembler
+from sam_ds.experts.nf4 import Nf4Slots, to_nf4
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.units import prepare
 
@@ -48,7 +50,7 @@ def test_more_experts_or_more_precision_need_more(trains):
     few, more = of(experts=4, trains=trains), of(experts=8, trains=trains)
     assert few.weights < more.weights and few.optimizer < more.optimizer and few.peak < more.peak
     half = of(experts=4, trains=trains, precision="bf16", ds_config="cpu_zero2.json")
-    assert half.weights == pytest.approx(few.weights / 2, rel=0.01)
+    assert few.weights / 2 < half.weights < 0.6 * few.weights
     assert half.activations < of(experts=4, trains=trains, ds_config="cpu_zero2.json").activations
     assert (few.adapters > 0) == (trains == "lora")
 
@@ -67,8 +69,8 @@ def test_weights_are_those_of_the_real_model(trains):
     prepare(model, trains, rank=CONFIG.train.lora_rank, alpha=1.0, seed=0, dense=True)
     said = of(experts=5, trains=trains)
     add_assembler(model, seed=0)
-    real = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
-    assert said.weights + said.adapters == 4 * sum(value.numel() for value in real)
+    real = [*model.parameters(), *model.buffers()]
+    assert said.weights + said.adapters == sum(value.numel() * value.element_size() for value in real)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
@@ -90,35 +92,77 @@ def test_a_pass_on_fake_tensors_takes_what_a_real_one_takes(family, held, trains
     live = memory._Live([*model.parameters(), *model.buffers()])
     with live:
         model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert live.peak == pytest.approx(said, rel=0.06 if held == 3 else 0.25)
+    assert live.peak == pytest.approx(said, rel=0.06)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stages_shard_what_they_shard(ranks):
-    """P elements train: 8 bytes of moments, 4 of a master copy from stage 1 on."""
+    """Of P elements that train, bytes: 8 of moments, 4 of a master copy from stage 1 on."""
+    trained = sum(p.numel() for p in slot_model(meta(), tier(), CONFIG).parameters() if p.requires_grad)
     zero0, zero2 = of(ranks=ranks), of(ranks=ranks, ds_config="cpu_zero2.json")
     zero3 = of(ranks=ranks, ds_config="zero3.json")
-    trained = zero0.optimizer // 8
-    assert zero2.optimizer == zero3.optimizer == 12 * trained // ranks
+    # Under ZeRO-3 the bucket, as large as what trains, and the rank's gradients stay.
+    assert (zero0.optimizer, zero2.optimizer) == (8 * trained, 12 * trained // ranks)
+    assert zero3.optimizer == 12 * trained // ranks + 4 * trained + 4 * trained // ranks
     assert zero0.weights == zero2.weights >= zero3.weights and (ranks == 1 or zero3.weights < 0.6 * zero2.weights)
-    assert zero0.gradients == 8 * trained and zero2.gradients == 8 * trained // ranks
+    assert (zero0.gradients, zero2.gradients, zero3.gradients) == (
+        8 * trained, 8 * trained // ranks, 4 * trained // ranks)  # fmt: skip
     half = of(ranks=ranks, ds_config="cpu_zero2.json", precision="bf16")
-    assert half.optimizer == zero2.optimizer and half.gradients == 8 * trained // ranks
+    assert half.optimizer == zero2.optimizer and half.gradients == (2 + 2 + 4) * trained // ranks
 
 
-@pytest.mark.parametrize(("zero", "moved"), [({}, False), ({"offload_optimizer": None}, False),
-    ({"offload_optimizer": {"device": "none"}}, False), ({"offload_optimizer": {"device": "cpu"}}, True)])  # fmt: skip
-def test_what_is_offloaded_is_not_on_the_device(tmp_path, zero, moved):
-    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2} | zero}))
-    assert (of(ds_config=str(tmp_path / "own.json")).optimizer == 0) == moved
+def zero_of(tmp_path, **zero):
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": zero}))
+    return of(ds_config=str(tmp_path / "own.json"))
 
 
-def test_four_bits_are_half_a_byte_and_their_scales():
-    said, half = (
-        of(precision=precision, trains="lora", ds_config="cpu_zero2.json") for precision in ("nf4", "bf16")
-    )  # fmt: skip
-    packed = memory._matrices(slot_model(meta(), tier(trains="lora"), CONFIG))
-    assert half.weights - said.weights == pytest.approx(packed * (2 - 0.5 - 1 / 64 - 1 / 4096), abs=1)
+def test_zero_3_steps_by_groups(tmp_path):
+    whole, parts = zero_of(tmp_path, stage=3), zero_of(tmp_path, stage=3, sub_group_size=1000)
+    assert parts.gradients == 4000 < whole.gradients and parts.kept == whole.kept
+
+
+def test_stage_1_keeps_all_gradients(tmp_path):
+    one, two = zero_of(tmp_path, stage=1), zero_of(tmp_path, stage=2)
+    assert one.optimizer == two.optimizer and one.gradients == two.gradients  # on one rank
+
+
+@pytest.mark.parametrize(("offload", "moved"), [(None, False), ({}, False), ({"device": "none"}, False),
+                                                ({"device": "cpu"}, True), ({"device": "nvme"}, True)])  # fmt: skip
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_offloaded_is_not_on_the_device(tmp_path, stage, offload, moved):
+    said = zero_of(tmp_path, stage=stage, offload_optimizer=offload, reduce_bucket_size=10)
+    assert (said.optimizer <= 40) == (said.gradients == 0) == moved and said.weights > 0
+    if stage == 3:
+        said = zero_of(tmp_path, stage=3, offload_param=offload)
+        buffers = slot_model(meta(), tier(), CONFIG).buffers()
+        assert (said.weights == sum(b.numel() * b.element_size() for b in buffers)) == moved
+
+
+def test_four_bits_weigh_what_the_quantized_model_weighs():
+    model = convert(dense(), SamConfig.of_run(CONFIG))
+    to_slots(model, 4)
+    add_assembler(model, seed=0)
+    prepare(model, "lora", rank=CONFIG.train.lora_rank, alpha=1.0, seed=0, dense=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    to_nf4(model, dtype=torch.bfloat16)
+    quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = sum(module.nbytes for module in model.modules() if isinstance(module, Nf4Slots))
+    packed += sum(m.weight.nbytes + m.weight.quant_state.absmax.nbytes for m in quantized)
+    said = of(precision="nf4", trains="lora", ds_config="cpu_zero2.json")
+    half = of(precision="bf16", trains="lora", ds_config="cpu_zero2.json")
+    matrices = 2 * sum(slots.values for slots in model.modules() if isinstance(slots, Nf4Slots))
+    matrices += 2 * sum(m.in_features * m.out_features for m in quantized)
+    # Scales of so small matrices are a little more than their share.
+    assert said.weights == pytest.approx(half.weights - matrices + packed, rel=0.05)
+
+
+def test_a_model_that_looks_at_its_tokens_is_estimated_without_activations():
+    model = slot_model(meta(), tier(), CONFIG)
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda module, args, output: output * float(args[0].sum()))
+    with pytest.warns(UserWarning, match="depends on its tokens' values .* without activations"):
+        assert memory._passes(model, tier(), CONFIG, kept=1.0) == 0
 
 
 @pytest.mark.slow

@@ -171,3 +171,14 @@ def test_what_cannot_be_quantized_is_refused_and_left_alone(tiny_llama, tmp_path
     for refused in (lambda: model.save_pretrained(tmp_path), model.unload, model.merge_and_unload, model.fold_lora):
         with pytest.raises(InputError, match="(saved|merged|unloaded): its weights are in 4 bits.*save_adapter"):
             refused()
+
+
+def test_parameters_are_cast_and_buffers_are_not(tiny_llama):
+    model = convert(tiny_llama(), CONFIG)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    to_nf4(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    ids = torch.randint(90, (2, 12))
+    with model.active(8), torch.no_grad():
+        assert torch.isfinite(model(input_ids=ids).logits).all()

@@ -63,13 +63,13 @@ def test_more_ranks_a_client_need_less_of_each_under_zero_3(tiny, tmp_path):
         plan_run(tiny.config(tmp_path, *sharded, f"runtime.ranks_per_client={ranks}"), ranks=2, rank_gib=1.0).tiers[0]
         for ranks in (1, 2)
     )
-    for part in ("gradients", "optimizer"):
-        assert getattr(two.memory, part) == pytest.approx(getattr(one.memory, part) / 2, abs=1), part
-    for part in ("weights", "activations"):
+    assert two.memory.gradients == pytest.approx(one.memory.gradients / 2, abs=1)
+    for part in ("weights", "optimizer", "activations"):
         assert getattr(two.memory, part) < getattr(one.memory, part), part
     offloaded = tiny.config(tmp_path, *[f"tiers.{tier}.ds_config=zero3_offload_24gb.json" for tier in CLIENTS])
     memory = plan_run(offloaded, ranks=1, rank_gib=1.0).tiers[0].memory
-    assert memory.weights == memory.optimizer == 0 < memory.gradients
+    # But for buffers, and DeepSpeed's bucket.
+    assert memory.gradients == 0 and memory.kept < 0.2 * one.memory.kept
 
 
 @pytest.mark.parametrize(("overrides", "arguments", "message"), [

@@ -88,7 +88,7 @@ def test_auto_is_filled_from_the_run():
     assert values["zero_optimization"]["stage"] == 2
     assert values["zero_optimization"]["reduce_bucket_size"] == 1000
     more = ds_config(tier(), CONFIG, trained=10**9)["zero_optimization"]
-    assert more["reduce_bucket_size"] == 2 * 10**8
+    assert more["reduce_bucket_size"] == 20_000_000 and more["sub_group_size"] == 10**9
     assert "auto" not in json.dumps(values)
 
 
@@ -126,6 +126,23 @@ def test_a_contradiction_is_refused_before_the_run(dense, tmp_path, values, name
         check_tiers(dense, replace(CONFIG, tiers={"phone": section}))
     with pytest.raises(InputError, match=named):
         check_tiers(dense, replace(CONFIG, method="fedavg", tiers={"phone": section}))
+
+
+@pytest.mark.parametrize(("zero", "message"), [
+    ("auto", "zero_optimization = 'auto' must be an object"),
+    (None, "zero_optimization = None must be an object"),
+    ({"stage": "auto"}, "stage = 'auto' must be 0, 1, 2 or 3"),
+    ({"stage": 7}, "stage = 7 must be 0, 1, 2 or 3"),
+    ({"stage": 2, "reduce_bucket_size": "5e8"}, "reduce_bucket_size = '5e8' must be a number of elements"),
+    ({"stage": 3, "stage3_prefetch_bucket_size": 0}, "stage3_prefetch_bucket_size = 0 must be a number"),
+    ({"stage": 2, "offload_optimizer": "cpu"}, "offload_optimizer = 'cpu' must be an object"),
+])  # fmt: skip
+def test_what_deepspeed_does_not_know_is_refused(tmp_path, zero, message):
+    with pytest.raises(InputError, match=message):
+        ds_config(own(tmp_path, zero_optimization=zero), CONFIG, 1)
+    sizes = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size"), "auto")
+    filled = ds_config(own(tmp_path, zero_optimization={"stage": 3, **sizes}), CONFIG, 1)
+    assert "auto" not in json.dumps(filled)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"'])

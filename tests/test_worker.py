@@ -159,13 +159,22 @@ def test_registration(kind):
         np.testing.assert_allclose(rates.sum(1), budgets, rtol=1e-5)
 
 
-def test_registration_does_not_depend_on_who_trained_before(kind):
-    worker, server = kind
+@pytest.mark.parametrize("method", KINDS)
+def test_registration_does_not_depend_on_who_trained_before(tiny, one_rank, tmp_path, method):
+    """In an engine that nobody has used yet, and in one that others trained in since."""
+    from sam_ds.clients.worker import Worker
+    from sam_ds.federation.setup import clients_of, corpus_of
+
+    config = tiny.config(tmp_path, *KINDS[method])
+    server = Federation.of(config, tiny.base).server
+    worker = Worker(config, tiny.base, clients_of(config, corpus_of(config)), [one_rank])
     _, scores, rates = worker.register(MEDIUM, "medium", server.trains)
-    worker.train(task_for(server, MEDIUM))
-    _, scores_after, rates_after = worker.register(MEDIUM, "medium", server.trains)
-    np.testing.assert_array_equal(scores_after, scores)
-    np.testing.assert_array_equal(rates_after, rates)
+    for client in (MEDIUM, 1):
+        worker.train(task_for(server, client))
+        _, scores_after, rates_after = worker.register(MEDIUM, "medium", server.trains)
+        np.testing.assert_array_equal(scores_after, scores)
+        np.testing.assert_array_equal(rates_after, rates)
+    worker.close()
 
 
 def test_dense_methods_use_one_engine_whichever_client_comes_first(tiny, one_rank):

@@ -83,11 +83,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def _one_mapping_a_tensor() -> Iterator[None]:
     """In child processes what is freed goes back to the system at once, or the high water mark would be of the heap."""
+    before = os.environ.get("MALLOC_MMAP_THRESHOLD_")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         yield
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        if before is not None:
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = before
 
 
 def _config(case: str) -> RunConfig:

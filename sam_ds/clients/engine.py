@@ -69,6 +69,10 @@ class EngineParameters(Mapping[str, Tensor]):
         value = safe_get_full_fp32_param(parameter) if self._sharded else parameter
         return value.detach().float().cpu()
 
+    def __contains__(self, name: object) -> bool:
+        # The mixin's would fetch it.
+        return name in self._parameters
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
 

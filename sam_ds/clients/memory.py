@@ -4,15 +4,15 @@ The client's own model goes through one forward and backward pass on fake tensor
 so what is counted is what the run's own code makes, whatever the architecture. What DeepSpeed adds to it is counted by
 its stages. The interpreter, its libraries and their work space are not in it, nor what a client is given and answers,
 which is on the host. Attention with grouped heads is counted with its keys and values repeated, which some kernels
-spare themselves.
+spare themselves, and attention with dropout as a CPU computes it.
 
-Legend: P elements that train, N ranks of a client, c bytes an element of the compute copy, T tokens, S slots, J
-decisions, d hidden.
+Legend: T tokens, S slots, J decisions, m neurons of the experts visited, d hidden.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sam_ds.clients.ds_config import ds_config
+from sam_ds.clients.ds_config import ds_config, offloads
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
@@ -52,9 +56,9 @@ class Estimate:
     adapters: int
     """Compute copies of the low-rank factors."""
     optimizer: int
-    """Master copies and moments."""
+    """Master copies and moments; under ZeRO-3 its bucket and the rank's gradients too, which stay."""
     gradients: int
-    """While the optimizer steps."""
+    """While the optimizer steps, beyond those."""
     activations: int
     """The most that the forward and backward pass need at a time: gradients so far, DeepSpeed's buckets and what
     ZeRO-3 has gathered are in it."""
@@ -86,36 +90,42 @@ def estimate(dense: PreTrainedModel, tier: TierSection, config: RunConfig) -> Es
     """Of a client of this tier, on each of its ranks; `dense` is on the meta device.
 
     ZeRO keeps an fp32 master of what trains beside the compute copy, in fp32 too; it shards this from stage 1 on,
-    gradients from stage 2, weights at stage 3. What is offloaded is not on the device.
+    gradients from stage 2, weights at stage 3. What is offloaded is not on the device, and with the optimizer neither
+    are gradients.
     """
     model = slot_model(dense, tier, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zero = ds_config(tier, config, trained)["zero_optimization"]
-    stage, ranks = zero.get("stage", 0), config.ranks_of(tier)
-    offloads = {name for name in ("optimizer", "param") if (zero.get(f"offload_{name}") or {}).get("device") == "cpu"}
+    stage, ranks = zero["stage"], config.ranks_of(tier)
     word, shards = (4 if tier.precision == "fp32" else 2), (ranks if stage == 3 else 1)
     adapters = word * sum(p.numel() for name, p in model.named_parameters() if ".lora." in name)
     packed = _matrices(model) if tier.precision == "nf4" else 0
     weights = word * (sum(p.numel() for p in model.parameters()) - packed) - adapters + _PACKED * packed
-    buffers = word * sum(b.numel() for b in model.buffers() if b.is_floating_point())
-    gradients = word * trained
-    # Each parameter's gradient as autograd leaves it, or the rank's part once it is reduced.
-    passes = _passes(model, tier, config, kept=1 / ranks if stage >= 2 else 1.0)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    bucket = word * zero["reduce_bucket_size"]
+    # Of a gradient, what stays on the device once autograd has made it.
+    kept = 1.0 if stage < 2 else 1 / ranks if stage == 2 and not offloads(zero, "optimizer") else 0.0
+    passes = _passes(model, tier, config, kept=kept)
+    # Of what was reduced, one piece and that in fp32 if it is not: where the optimizer steps.
+    stepping, held = trained / ranks * (word + (4 if word < 4 else 0)), 0.0
     if stage == 0:
-        stepping: float = gradients + min(word * _ALLREDUCE, gradients)
+        stepping = word * (trained + min(_ALLREDUCE, trained))
+    elif stage == 3:
+        # Its bucket and the rank's gradients stay; it steps by groups; what it gathers comes in one piece, is copied,
+        # and stays while it will be needed within so many elements.
+        held = bucket + word * trained / ranks
+        stepping *= min(1.0, zero["sub_group_size"] / max(trained / ranks, 1))
+        gathers = (zero["stage3_max_live_parameters"], zero["stage3_prefetch_bucket_size"])
+        passes += sum(min(weights + adapters, word * elements) for elements in gathers)
     else:
-        # What was reduced, the same in one piece, and in fp32 if it is not.
-        reduced = gradients if stage == 1 else gradients / ranks
-        stepping = reduced + (gradients + (4 * trained if word < 4 else 0)) / ranks
-        passes += word * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") and stage < 3 else 1)
-    if stage == 3:
-        # What is gathered stays while it will be needed within so many elements; it comes in one piece and is copied.
-        live = (zero.get("stage3_max_live_parameters", 1e9), zero.get("stage3_prefetch_bucket_size", 5e7))
-        passes += sum(min(weights + adapters, word * elements) for elements in live)
+        stepping += word * trained / (ranks if stage == 2 else 1)
+        passes += bucket * (2 if zero.get("overlap_comm") else 1)
+    if offloads(zero, "optimizer"):
+        stepping, held = 0.0, min(held, bucket)
     return Estimate(
-        weights=0 if "param" in offloads else int(weights / shards + buffers),
-        adapters=0 if "param" in offloads else int(adapters / shards),
-        optimizer=0 if "optimizer" in offloads else int(trained * (12 / ranks if stage else 8)),
+        weights=int(buffers + (0 if offloads(zero, "param") else weights / shards)),
+        adapters=0 if offloads(zero, "param") else int(adapters / shards),
+        optimizer=int(held + (0 if offloads(zero, "optimizer") else trained * (12 / ranks if stage else 8))),
         gradients=int(stepping), activations=int(passes),
     )  # fmt: skip
 
@@ -140,8 +150,7 @@ def _passes(model: PreTrainedModel, tier: TierSection, config: RunConfig, *, kep
                     tied[value] = nn.Parameter(torch.empty(value.shape, dtype=dtype), value.requires_grad)
                 module._parameters[name] = tied.get(value)
             for name, value in module._buffers.items():
-                own = dtype if value is None or value.is_floating_point() else value.dtype
-                module._buffers[name] = None if value is None else torch.empty(value.shape, dtype=own)
+                module._buffers[name] = None if value is None else torch.empty(value.shape, dtype=value.dtype)
         model.sam_condition = torch.zeros(len(model.sam_layers), config.sam.num_experts + 1)
         whole = any(config.train.whole_steps())
         for layer in model.sam_layers:
@@ -151,8 +160,13 @@ def _passes(model: PreTrainedModel, tier: TierSection, config: RunConfig, *, kep
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda own: live.keep(own.grad, kept))
-        with live:
-            model.train()(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss.backward()
+        try:
+            with live:
+                model.train()(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss.backward()
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            warnings.warn(f"what {type(model).__name__} computes depends on its tokens' values ({error}): its memory is "
+                          "estimated without activations", stacklevel=2)
+            return 0
     return live.peak
 
 

@@ -78,8 +78,8 @@ class TierEngine:
             to_nf4(model, dtype=torch.bfloat16)
         self.fields = trained_fields(model, trains)
         self.shared = shared_parameters(model, trains, dense=settings.dense)
-        fields = {field.parameter for field in self.fields}
-        self._frozen = [field for field in self.weights if field.parameter not in fields]
+        written = {field.parameter for field in self.fields} | set(self.shared.values())
+        self._frozen = [field for field in self.weights if field.parameter not in written]
         self._filled: list[Sequence[int] | None] = [None] * len(self.layers)
         """Whose frozen weights are in each layer's slots."""
         self.folder = folder
@@ -117,11 +117,13 @@ class TierEngine:
 
     def _begin(self, due: int) -> None:
         """Take the factors and the experts' weights of another generation."""
+        self._experts_file = Checkpoint(weights_folder(self.folder, due))
+        self._filled = [None] * len(self.layers)
+        # Until all is written: a task may fail halfway.
+        self._generation = -1
         for index, (path, layer) in enumerate(zip(self._paths, self.layers, strict=True)):
             factors = frozen_factors(layer, index, self.config, due)
             write_parameters(self.engine, ((f"{path}.lora.{name}", value) for name, value in factors))
-        self._experts_file = Checkpoint(weights_folder(self.folder, due))
-        self._filled = [None] * len(self.layers)
         self._generation = due
 
     def _values(self, units: Mapping[Unit, Tensor], held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
@@ -234,7 +236,7 @@ class TierEngine:
         return torch.stack(scores).cpu().numpy(), torch.stack(rates).cpu().numpy()
 
     def _untrained(self, held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
-        """What training changes, as it was before any."""
+        """What training changes, as it was before any of this generation."""
         yield from self._experts(held, self.weights)
         weights = {field.parameter for field in self.weights}
         for name in sorted({field.parameter for field in self.fields} | set(self.shared.values())):

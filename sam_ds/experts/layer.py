@@ -63,7 +63,7 @@ class SamParts(nn.Module):
 
     def standins(self, x_Td: Tensor, visited_TS: Tensor | None = None) -> Tensor:
         """(T, d): the sum of all experts' stand-ins, less those of the visited by their weights (None: of all)."""
-        # DeepSpeed casts the buffers of a model with its parameters under ZeRO 0 to 2, not under ZeRO-3.
+        # DeepSpeed casts a model's parameters, not its buffers.
         basis_dq, core_SQp, core_all_Qp, spread_pd = (
             value.to(x_Td.dtype) for value in (self.basis_dq, self.core_SQp, self.core_all_Qp, self.spread_pd)
         )

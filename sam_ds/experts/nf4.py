@@ -202,7 +202,8 @@ class Nf4FFN(SamFFN):
 def to_nf4(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
     """Quantize a converted model in place: the experts, and every other linear map but the output embedding.
 
-    `dtype` is what the model computes in afterwards, its own if not given; it is cast matrix by matrix.
+    `dtype` is what the model computes in afterwards, its own if not given: its parameters are cast one by one, its
+    buffers stay, as under DeepSpeed.
 
     What trains afterwards are gates and low-rank updates (`units.prepare(model, "lora", ...)`). There is no way back:
     the folder has the weights. Gates, stand-ins, norms, biases and embeddings keep their precision.
@@ -230,8 +231,9 @@ def to_nf4(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
         _quantize(layer, dtype)
         hand_back(original, layer.ffn)
     _quantize_rest(model, dtype)
-    if dtype is not None:
-        model.to(dtype)
+    for parameter in model.parameters() if dtype is not None else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     check_nf4(model)
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from families import build, convert
+from transformers import AutoConfig
 
 from sam_ds.bench import memory as bench
+from sam_ds.bench.tiers import converted_llama
 from sam_ds.clients import memory
 from sam_ds.clients.memory import Estimate, estimate, slot_model
 from sam_ds.config import TierSection, load_config
 from sam_ds.experts.config import SamConfig
+from sam_ds.experts.convert import check_architecture
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.nf4 import Nf4Slots, to_nf4
 from sam_ds.experts.slots import to_slots
@@ -175,3 +178,14 @@ def test_the_estimate_is_within_a_tenth_of_what_was_measured():
     assert len(result["rows"]) >= 6
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(1.0, abs=0.1), row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in bench.CASES if case.endswith(" 1") and "cpu_zero0" not in case])
+def test_the_estimate_is_within_a_tenth_of_what_a_gpu_allocated(case, one_rank, tmp_path):
+    sizes = argparse.Namespace(d=768, m=3072, layers=8, experts=16, seed=0)
+    converted_llama(sizes, top_k=4).save_pretrained(tmp_path)
+    config = bench.config_of(case)
+    architecture = check_architecture(AutoConfig.from_pretrained(tmp_path), SamConfig.of_run(config))
+    said = estimate(architecture, config.tiers["only"], config)
+    assert said.peak == pytest.approx(bench.train(config, tmp_path, one_rank)["training"], rel=0.1)

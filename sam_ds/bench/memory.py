@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig
 
 from sam_ds.bench.options import check_sizes, numbers
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, sizes in (("small", small), ("large", large)):
             converted_llama(sizes, top_k=4).save_pretrained(Path(folder) / name)
         for case in (CASES[number] for number in cases):
-            config = _config(case)
+            config = config_of(case)
             ranks = config.runtime.ranks_per_client
             measured = on_ranks(ranks, _peaks, config, folder)
             dense = check_architecture(AutoConfig.from_pretrained(Path(folder) / "large"), SamConfig.of_run(config))
@@ -93,7 +94,8 @@ def _one_mapping_a_tensor() -> Iterator[None]:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = before
 
 
-def _config(case: str) -> RunConfig:
+def config_of(case: str) -> RunConfig:
+    """The run of one of `CASES`, its tier named `only`."""
     precision, trains, ds_config, experts, ranks = case.split()
     held, num_experts = experts.split("/")
     tier = TierSection(
@@ -113,26 +115,28 @@ def _peaks(rank: int, config: RunConfig, folder: str) -> dict[str, int]:
     # For products in half precision oneDNN keeps repacked weights, more than the model itself; no GPU does.
     torch.backends.mkldnn.enabled = config.tiers["only"].precision == "fp32"
     group = WorkerGroup(list(range(config.runtime.ranks_per_client)), dist.group.WORLD)
-    _train(config, Path(folder) / "small", group)
-    return _train(config, Path(folder) / "large", group)
+    train(config, Path(folder) / "small", group)
+    return train(config, Path(folder) / "large", group)
 
 
-def _train(config: RunConfig, folder: Path, group: Any) -> dict[str, int]:
+def train(config: RunConfig, folder: Path, group: Any) -> dict[str, int]:
+    """A client of the configuration's only tier, on this rank's device: bytes at the height of loading and of training,
+    and the larger of them, above what was taken before."""
     from sam_ds.clients.engine import EngineParameters
     from sam_ds.clients.task import Task
     from sam_ds.clients.tier_engine import TierEngine
     from sam_ds.experts.units import read_units
 
     tier = config.tiers["only"]
-    before = _resident("VmRSS")
+    before = _taken()
     _forget_peak()
     engine = TierEngine(config, folder, tier, tier.trains, group)
-    loading = _resident("VmHWM")
+    loading = _peak()
     held = (tuple(range(tier.experts)),) * len(engine.layers)
     found = read_units(engine.fields, engine.shared, EngineParameters(engine.engine), held)
     units = {unit: 0.02 * torch.randn(value.shape).numpy() for unit, value in found.items()}
     del found
-    given = sum(value.nbytes for value in units.values())
+    given = sum(value.nbytes for value in units.values()) if _on_host() else 0
     experts = config.sam.num_experts
     task = Task(
         round=1, client=0, tier="only", trains=tier.trains, held=held, sent=held,
@@ -144,16 +148,31 @@ def _train(config: RunConfig, folder: Path, group: Any) -> dict[str, int]:
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
         engine.step(torch.randint(512, (config.train.batch, config.train.sequence), generator=generator), 1e-4)
-    training = _resident("VmHWM") - given
+    training = _peak() - given
     engine.close()
     return {"loading": loading - before, "training": training - before, "measured": max(loading, training) - before}
+
+
+def _on_host() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def _taken() -> int:
+    return _resident("VmRSS") if _on_host() else get_accelerator().memory_allocated()
+
+
+def _peak() -> int:
+    return _resident("VmHWM") if _on_host() else get_accelerator().max_memory_allocated()
+
+
+def _forget_peak() -> None:
+    if _on_host():
+        _CLEAR.write_text("5")
+    else:
+        get_accelerator().reset_peak_memory_stats()
 
 
 def _resident(what: str) -> int:
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])
-
-
-def _forget_peak() -> None:
-    _CLEAR.write_text("5")

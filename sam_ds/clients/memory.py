@@ -164,8 +164,8 @@ def _passes(model: PreTrainedModel, tier: TierSection, config: RunConfig, *, kep
             with live:
                 model.train()(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss.backward()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            warnings.warn(f"what {type(model).__name__} computes depends on its tokens' values ({error}): its memory is "
-                          "estimated without activations", stacklevel=2)
+            warnings.warn(f"what {type(model).__name__} computes depends on its tokens' values ({error}): its memory "
+                          "is estimated without activations", stacklevel=2)  # fmt: skip
             return 0
     return live.peak
 

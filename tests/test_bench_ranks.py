@@ -25,6 +25,16 @@ def test_moe_times_the_same_routes_in_both_layers(capsys: pytest.CaptureFixture[
     assert result["ratios"]["stock+roots ep=2"] == pytest.approx(by[2, "sam"] / by[2, "stock+roots"])
 
 
+@pytest.mark.distributed
+def test_memory_compares_what_is_said_with_what_was_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(capsys, "memory", "--d", "64", "--m", "256", "--layers", "1", "--cases", "4", "--rounds", "1")
+    (row,) = result["rows"]
+    kept = row["weights"] + row["adapters"] + row["optimizer"]
+    assert row["estimated"] == kept + max(row["gradients"], row["activations"]) and row["adapters"] > 0
+    assert row["measured"] == max(row["loading"], row["training"])
+    assert result["ratios"] == {row["case"]: pytest.approx(row["estimated"] / row["measured"])}
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["moe", "--experts", "7"], "--experts 7 does not divide --m"),
     (["moe", "--active", "2"], "--active must be between --roots 2"),

@@ -190,14 +190,6 @@ class RunConfig(Checked):
         _at_most("federation.clients_per_round", federation.clients_per_round,
                  "federation.clients", federation.clients)
         _at_most("evaluation.stride", evaluation.stride, "evaluation.window", evaluation.window)
-        if self.train.batch % self.runtime.ranks_per_client:
-            raise InputError(f"train.batch must be a multiple of runtime.ranks_per_client = "
-                             f"{self.runtime.ranks_per_client}, got {self.train.batch}")
-        for name, tier in self.tiers.items():
-            for what, whole in (("train.batch", self.train.batch), ("the largest group, of", self.pod)):
-                if tier.share > 0.0 and whole % self.ranks_of(tier):
-                    raise InputError(f"tiers.{name}.ranks = {tier.ranks} does not divide {what} {whole}: give a "
-                                     "divisor of it, or 0 for runtime.ranks_per_client")
         free = sam.num_experts - sam.roots
         if federation.edges < free:
             raise InputError(f"federation.edges must be at least sam.num_experts - sam.roots = {free}, got "
@@ -224,7 +216,18 @@ class RunConfig(Checked):
         # A run config that travelled through a protobuf map has lost the order of its tiers.
         in_order = sorted(self.tiers.items(), key=lambda item: (item[1].experts, item[0]))
         object.__setattr__(self, "tiers", dict(in_order))
+        for name in self.working_tiers:
+            ranks = self.ranks_of(self.tiers[name])
+            key = f"tiers.{name}.ranks" if self.tiers[name].ranks else "runtime.ranks_per_client"
+            for what, whole in (("train.batch", self.train.batch), ("the largest worker group", self.pod)):
+                if whole % ranks:
+                    raise InputError(f"{key} = {ranks} does not divide {what} = {whole}: give a divisor of it")
 
+    @property
+    def working_tiers(self) -> list[str]:
+        """The tiers that have an engine: those that clients are of, or the largest where all train the whole model."""
+        names = [name for name, tier in self.tiers.items() if tier.share > 0.0]
+        return names if self.method == "sam" else names[-1:]
 
     def ranks_of(self, tier: TierSection) -> int:
         """Ranks that train a client of this tier together."""
@@ -232,8 +235,8 @@ class RunConfig(Checked):
 
     @property
     def pod(self) -> int:
-        """Ranks that take work together: the largest group of a tier, or several smaller ones."""
-        return max((self.ranks_of(tier) for tier in self.tiers.values() if tier.share > 0.0), default=1)
+        """Ranks that take work together: one worker group of the largest size, or several smaller ones."""
+        return max(self.ranks_of(self.tiers[name]) for name in self.working_tiers)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -167,7 +167,7 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("federation.clients_per_round=9", ["federation.clients_per_round must be at most federation.clients"]),
     ("federation.edges=13", ["federation.edges must be at least", "= 14", "got 13"]),
     ("federation.floor=0.5", ["federation.floor = 0.5 asks for 7", "tiers.small.experts = 8 leaves 6"]),
-    ("runtime.ranks_per_client=3", ["train.batch must be a multiple of runtime.ranks_per_client", "4", "3"]),
+    ("runtime.ranks_per_client=3", ["runtime.ranks_per_client = 3 does not divide train.batch = 4"]),
     ("evaluation.stride=512", ["evaluation.stride must be at most evaluation.window"]),
     ("tiers.small.experts=1", ["sam.roots must be at most tiers.small.experts"]),
     ("tiers.large.experts=17", ["tiers.large.experts must be at most sam.num_experts"]),
@@ -234,14 +234,19 @@ def test_ds_config_of_a_wheel_comes_first_then_the_checkout_then_a_path(
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["tiers.large.ranks=3"], "tiers.large.ranks = 3 does not divide train.batch 4"),
+    (["tiers.large.ranks=3"], "tiers.large.ranks = 3 does not divide train.batch = 4"),
     (["train.batch=12", "tiers.large.ranks=3", "tiers.small.ranks=2"],
-     "tiers.small.ranks = 2 does not divide the largest group, of 3"),
+     "tiers.small.ranks = 2 does not divide the largest worker group = 3"),
+    (["train.batch=6", "tiers.large.ranks=3", "runtime.ranks_per_client=2"],
+     "runtime.ranks_per_client = 2 does not divide the largest worker group = 3"),
 ])  # fmt: skip
 def test_groups_of_tiers_must_fit_into_the_largest(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(None, overrides)
     config = load_config(None, ["tiers.large.ranks=4", "tiers.small.ranks=2"])
+    dense = load_config(None, ["method=fedavg", "tiers.small.ranks=4", "train.batch=6"])
+    assert dense.pod == 1 and dense.working_tiers == ["large"]
+    load_config(None, ["train.batch=6", "runtime.ranks_per_client=4", *(f"tiers.{t}.ranks=2" for t in config.tiers)])
     assert config.pod == 4 and [config.ranks_of(tier) for tier in config.tiers.values()] == [2, 1, 4]
 
 

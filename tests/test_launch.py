@@ -92,10 +92,14 @@ def test_two_ranks_are_one(finished):
 
 
 @pytest.mark.distributed
-def test_clients_of_a_tier_may_want_more_ranks_than_those_of_another(finished, tiny, tmp_path):
-    """The large ones train on both, under ZeRO-3, the others on one each, two at a time; to rounding it is one run."""
-    overrides = (*ROUNDS, "tiers.large.ranks=2", "tiers.large.ds_config=zero3.json")
-    process = deepspeed(2, free_port(), *arguments(tiny, tmp_path / "run", *overrides))
+@pytest.mark.parametrize(("ranks", "files"), [
+    (2, {"small": "cpu_zero0", "medium": "cpu_zero0", "large": "cpu_zero0"}), (4, {"large": "zero3"})
+])  # fmt: skip
+def test_clients_of_a_tier_may_want_more_ranks_than_those_of_another(finished, tiny, tmp_path, ranks, files):
+    """The large ones train on two, the others on one each, two at a time in a pod; to rounding it is one run. At stage
+    0 DeepSpeed has one group for all engines; ZeRO-3 is made, and checked, by all ranks of the launch."""
+    overrides = (*ROUNDS, "tiers.large.ranks=2", *(f"tiers.{t}.ds_config={f}.json" for t, f in files.items()))
+    process = deepspeed(ranks, free_port(), *arguments(tiny, tmp_path / "run", *overrides))
     assert process.returncode == 0, process.stderr[-3000:]
     one, mixed = (read_records(folder / "metrics.jsonl") for folder in (finished[1], tmp_path / "run"))
     kinds = [[(r["kind"], r.get("client"), r.get("status")) for r in records] for records in (one, mixed)]

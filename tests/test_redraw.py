@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from sam_ds.clients.worker import Worker
 from sam_ds.errors import InputError
 from sam_ds.federation import strategy as strategy_module
 from sam_ds.federation.metrics import read_records
-from sam_ds.federation.run import run_server
+from sam_ds.federation.run import prepare, run_server
 from sam_ds.federation.setup import clients_of, corpus_of
 from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoint
 from sam_ds.wire.payload import ExpertUnit
@@ -88,13 +90,13 @@ def test_clients_go_on_from_the_servers_model(federation):
 
 
 def test_old_weights_go_with_the_last_checkpoint_that_needs_them(federation):
-    """Checkpoints of rounds 4 and 5 are there, and both go on in the third generation."""
+    """Checkpoints of rounds 4 and 5 are there, and both go on in the third generation; one more is kept."""
     base = federation.run / "base"
-    assert sorted(path.name for path in (federation.run / "redrawn").iterdir()) == ["00002"]
+    assert sorted(path.name for path in (federation.run / "redrawn").iterdir()) == ["00001", "00002"]
     assert weights_folder(base, 2).is_dir() and base.is_dir()
     assert [record.get("generation") for record in federation.records("round")] == [None, None, 1, None, 2, None]
     drop_before(base, 2)
-    assert weights_folder(base, 2).is_dir()
+    assert weights_folder(base, 2).is_dir() and not weights_folder(base, 1).exists()
 
 
 @pytest.mark.parametrize("round_", [1, 2, 3, 4])
@@ -130,7 +132,28 @@ def test_a_run_stopped_around_a_redraw_goes_on_as_if_it_had_not(
     newest = checkpoints(tmp_path / "checkpoints")[-1]
     assert_equal_states(load_checkpoint(newest), federation.server.state)
     end = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "end"][-1]
-    assert end["bytes_base"] > federation.server.base_expert_bytes() * int(federation.server.state.ever_held.sum())
+    state = federation.server.state
+    assert state.downloads > 0 and end["bytes_base"] == federation.server.base_expert_bytes() * (
+        state.downloads + int(state.ever_held.sum()))  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("train.redraw_every=0", "train.redraw_every = 0 and seed = 0 are not those of the run's 5 rounds"),
+    ("train.redraw_every=3", "train.redraw_every = 3 and seed = 0"), ("seed=1", "train.redraw_every = 2 and seed = 1"),
+])  # fmt: skip
+def test_a_run_goes_on_with_its_own_redraws_only(tiny, federation, change, message):
+    config = tiny.config(federation.run, *EVERY, change)
+    before = (federation.run / "config.toml").exists()
+    with pytest.raises(InputError, match=message):
+        prepare(config)
+    assert (federation.run / "config.toml").exists() == before
+
+
+def test_lost_weights_of_a_generation_are_said(tiny, federation, tmp_path):
+    shutil.copytree(federation.run, tmp_path / "run")
+    (tmp_path / "run" / "redrawn" / "00002" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="the weights of round 6 on, .* cannot be read"):
+        prepare(tiny.config(tmp_path / "run", *EVERY))
 
 
 @pytest.mark.parametrize("overrides", [(), ("method=fedit",), LORA[:2]])

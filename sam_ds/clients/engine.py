@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 # does. Left out, no compiler is needed; no killed compile leaves the lock on which all later ones wait for ever; and
 # no 66 MiB a rank stay behind in /dev/shm.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# ZeRO-3 compares the order in which it meets modules with that of rank 0 of the launch, where the other groups train
+# other clients on other engines: it would wait for them for ever, and differ.
+partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 A factor that never trains bounds what rows of rank R can say; with a new one the next rows say something else (ReLoRA,
 Lialin et al., 2307.05695, there within one training run). Which generation a round is of, server and clients know from
-the round's number. The experts' own weights of a generation are a file beside the run's base model.
+the round's number. The experts' own weights of a generation are a file beside the run's base model, on storage that all
+see. On a client they are rounded to its precision, and quantized anew in 4 bits: there the function changes a little.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sam_ds.config import RunConfig
+from sam_ds.errors import InputError
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.units import lora_seed
@@ -28,6 +31,23 @@ def generation(config: RunConfig, round_: int) -> int:
 def factor_seed(config: RunConfig, generation: int) -> int:
     """What a generation's frozen factors are drawn from; of a CPU generator's seed only 32 bits count."""
     return config.seed + 104_729 * generation
+
+
+def check_generation(config: RunConfig, base: Path, finished: int, seed: int | None) -> None:
+    """Raises InputError where a run that has finished so many rounds, and draws its next factors from `seed`, cannot go
+    on with this configuration: other redraws or another seed, or the generation's weights are gone or damaged."""
+    due = generation(config, finished + 1)
+    if seed is not None and seed != factor_seed(config, due):
+        raise InputError(f"train.redraw_every = {config.train.redraw_every} and seed = {config.seed} are not those of "
+                         f"the run's {finished} rounds; resume with its own")
+    if due:
+        file = weights_folder(base, due) / "model.safetensors"
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the weights of round {finished + 1} on, {file}, cannot be read ({error}); delete the "
+                             "checkpoints since the redraw before it to resume from an older one") from error
 
 
 def weights_folder(base: Path, generation: int) -> Path:

@@ -101,6 +101,7 @@ class TierEngine:
 
     def load(self, task: Task) -> dict[Unit, Tensor]:
         """Fill the engine for a client; returns the units as they are before training, fp32 on the CPU."""
+        self._enter()
         units = {unit: torch.from_numpy(np.asarray(value)) for unit, value in task.units.items()}
         if (due := generation(self.config, task.round)) != self._generation:
             self._begin(due)
@@ -114,6 +115,11 @@ class TierEngine:
             layer.counters = no_counts(layer.slots, layer.sam.wg.device) if self.sparse else None
         self.engine.train()
         return units
+
+    def _enter(self) -> None:
+        """Make this engine's group the one that DeepSpeed reduces over: at stage 0 it asks for the group of the engine
+        built last, whichever steps."""
+        deepspeed.utils.groups.mpu = self.group
 
     def _begin(self, due: int) -> None:
         """Take the factors and the experts' weights of another generation."""
@@ -203,6 +209,7 @@ class TierEngine:
     def describe(self, ids_BS: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean gate scores and full-graph visit rates of all E experts, (L, E) each, on a client's text, seen
         through the experts used most on calibration text: what the tier's memory allows."""
+        self._enter()
         most_used = tuple(tuple(range(layer.slots)) for layer in self.layers)
         hold_experts(self.layers, self.store, most_used)
         for layer in self.layers:
@@ -236,7 +243,7 @@ class TierEngine:
         return torch.stack(scores).cpu().numpy(), torch.stack(rates).cpu().numpy()
 
     def _untrained(self, held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
-        """What training changes, as it was before any of this generation."""
+        """What training changes, as it was before any; the experts' own weights, before any of this generation."""
         yield from self._experts(held, self.weights)
         weights = {field.parameter for field in self.weights}
         for name in sorted({field.parameter for field in self.fields} | set(self.shared.values())):

@@ -9,7 +9,7 @@ nothing but its task.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,12 @@ class Worker:
                                  f"{', '.join(map(str, self._groups))}: start it with the DeepSpeed launcher")
             self._engines[key] = TierEngine(self.config, self.folder, section, trains, self._groups[size])
         return self._engines[key]
+
+    def build(self, trains: Mapping[str, str]) -> None:
+        """All engines, by tier and what its clients train. ZeRO-3 is made with a barrier of all ranks of the launch, so
+        every rank must do this, in the same order."""
+        for tier, kind in trains.items():
+            self.engine(tier, kind)
 
     def register(self, client: int, tier: str, trains: str) -> tuple[int, NDArray[np.float32], NDArray[np.float32]]:
         """What the server may know of a client: number of examples, mean gate scores (L, E) on its text, and how
@@ -114,9 +120,7 @@ class Worker:
 def engine_tier(config: RunConfig, tier: str, trains: str) -> str:
     """The tier whose engine trains a client of `tier`: its own, or one for all where every client trains everything,
     not the one that happens to come first, for ranks must not differ."""
-    if trains in ("full", "lora"):
-        return tier
-    return [name for name, section in config.tiers.items() if section.share > 0.0][-1]
+    return tier if trains in ("full", "lora") else config.working_tiers[-1]
 
 
 def learning_rate(config: RunConfig, round_: int, step: int) -> float:

@@ -30,7 +30,7 @@ from sam_ds.clients.task import WorkerGroup
 
 _CHUNK = 4 << 20
 """Bytes a store entry: the store refuses payloads over 8 MiB."""
-_FOREVER = timedelta(days=30)
+FOREVER = timedelta(days=30)
 _CLIENT_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
 
@@ -54,7 +54,7 @@ class Mailbox:
 
     def take(self, key: str) -> bytes:
         """Wait for the key, however long, and remove it."""
-        self.store.wait([key], _FOREVER)
+        self.store.wait([key], FOREVER)
         size = int(self.store.get(key))
         parts = []
         for index in range(0, size, _CHUNK):
@@ -77,10 +77,10 @@ def open_stores() -> tuple[dist.Store | None, dist.Store]:
     address: list[Any] = [None]
     if dist.get_rank() == 0:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_FOREVER)
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=FOREVER)
         address = [(host, server.port)]
     dist.broadcast_object_list(address, src=0)
-    return server, dist.TCPStore(*address[0], is_master=False, timeout=_FOREVER)
+    return server, dist.TCPStore(*address[0], is_master=False, timeout=FOREVER)
 
 
 class DeepSpeedGrid(Grid):

@@ -28,7 +28,8 @@ from sam_ds.clients.worker import Worker, engine_tier
 from sam_ds.config import RunConfig, flatten, load_config
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app, server_app, set_worker
-from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, identify, open_stores, serve
+from sam_ds.federation.grid import FOREVER, DeepSpeedGrid, Mailbox, identify, open_stores, serve
+from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.run import prepare
 from sam_ds.federation.setup import clients_of, corpus_of, open_run
 
@@ -94,6 +95,7 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     server_store, store = open_stores()
     corpus = corpus_of(config)
     worker = Worker(config, Path(config.out) / "base", clients_of(config, corpus), list(groups.values()))
+    worker.build({name: METHODS[config.method].train(config.tiers[name]) for name in config.working_tiers})
     set_worker(worker)
     identify(rank)
     failures: list[BaseException] = []
@@ -124,12 +126,13 @@ def _run(config: RunConfig, *, resume: bool) -> int:
 def _groups(config: RunConfig) -> dict[int, WorkerGroup]:
     """This rank's worker groups, by how many of them are in a pod."""
     rank, ranks, mine = dist.get_rank(), dist.get_world_size(), {}
-    sizes = {config.pod} | {config.ranks_of(tier) for tier in config.tiers.values() if tier.share > 0.0}
+    sizes = {config.ranks_of(config.tiers[name]) for name in config.working_tiers}
     # Every rank makes every group, in the same order.
     for size in sorted(sizes):
         for first in range(0, ranks, size):
             members = list(range(first, first + size))
-            handle = dist.new_group(members)
+            # A rank waits here for its next task, however long the others' take.
+            handle = dist.new_group(members, timeout=FOREVER)
             if rank in members:
                 mine[config.pod // size] = members, handle
     return {lanes: WorkerGroup(members, handle) for lanes, (members, handle) in mine.items()}

@@ -10,6 +10,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
+from sam_ds.clients.generations import check_generation
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
 from sam_ds.evaluation.report import summary_table, write_report
@@ -30,7 +31,8 @@ def prepare(config: RunConfig) -> Path:
     run = Path(config.out)
     check_model(config)
     if found := checkpoints(run / "checkpoints"):
-        load_checkpoint(found[-1])
+        state = load_checkpoint(found[-1])
+        check_generation(config, run / "base", state.round, state.factor_seed)
     corpus = corpus_of(config)
     clients_of(config, corpus)
     run.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ from sam_ds.experts.units import (
 )
 from sam_ds.federation.methods.base import Method
 from sam_ds.federation.participation import Member
-from sam_ds.federation.state import ServerState
+from sam_ds.federation.state import ServerState, sync
 from sam_ds.graph.assembler import Assembler
 from sam_ds.wire.payload import ExpertUnit, Unit
 
@@ -84,6 +84,7 @@ class Server:
             examples=np.zeros(clients, np.int64), used=np.zeros(per_edge, np.int64),
             offered=np.zeros(per_edge, np.int64), together=np.zeros(per_edge, np.int64),
             used_total=np.zeros(per_edge, np.int64), ever_held=np.zeros(per_expert, bool),
+            factor_seed=factor_seed(self.config, 0) if self.trains.startswith("lora") else None,
         )  # fmt: skip
 
     def members(self) -> list[Member]:
@@ -103,7 +104,7 @@ class Server:
         }
 
     def base_expert_bytes(self) -> int:
-        """Bytes of one expert's frozen base weights in one layer, which a client needs once (method `lora`)."""
+        """Bytes of one expert's frozen base weights in one layer, which a client needs once a generation (`lora`)."""
         if self.trains != "lora":
             return 0
         fields = [field for field in expert_weights(self.model) if field.layer == 0]
@@ -145,10 +146,14 @@ class Server:
         unfinished.mkdir(parents=True, exist_ok=True)
         weights = {name: self._parameters[name].detach() for name in self._expert_weights()}
         save_file(weights, unfinished / "model.safetensors")
+        sync(unfinished / "model.safetensors", unfinished)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unfinished, target)
+        # Before the checkpoint that goes on from it.
+        sync(target.parent)
         self._begin(due)
         state = self.state
+        state.factor_seed = factor_seed(self.config, due)
         for unit, value in state.units.items():
             if isinstance(unit, ExpertUnit) and unit.tensor.endswith("_rows"):
                 state.units[unit] = np.zeros_like(value)

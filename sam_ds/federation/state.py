@@ -24,6 +24,7 @@ from sam_ds.wire.payload import Unit, parse_unit, unit_name
 
 _VERSION = "1"
 _ARRAYS = ("graph", "scores", "rates", "examples", "used", "offered", "together", "used_total", "ever_held")
+_SCALARS = ("round", "losses", "gamma", "downloads", "factor_seed")
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,8 @@ class ServerState:
     """(N, L, E) which clients have downloaded which base experts of this generation."""
     downloads: int = 0
     """Base experts downloaded in the generations before it."""
+    factor_seed: int | None = None
+    """What the frozen low-rank factors of the next round are drawn from; None where there are none."""
     losses: list[float] = field(default_factory=list)
     """Validation loss after each round, round 0 first; nats a token."""
     gamma: float = 0.0
@@ -65,7 +68,7 @@ def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    scalars = json.dumps({name: getattr(state, name) for name in ("round", "losses", "gamma", "downloads")})
+    scalars = json.dumps({name: getattr(state, name) for name in _SCALARS})
     metadata = {"version": _VERSION, "scalars": scalars, "checksum": str(_checksum(arrays, scalars))}
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"round-{state.round:05d}.safetensors"
@@ -121,9 +124,15 @@ def write_atomically(target: Path, data: bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(target.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Have files or folders on the disk before going on."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def _checksum(arrays: dict[str, NDArray[Any]], scalars: str) -> int:

@@ -311,7 +311,8 @@ class SamStrategy(Strategy):
         # Last: what a resumed run finds after its checkpoint's round it writes again, what is missing it never does.
         save_checkpoint(server.state, self.run / "checkpoints", keep=server.config.runtime.keep_checkpoints)
         oldest = checkpoint_round(checkpoints(self.run / "checkpoints")[0])
-        drop_before(self.run / "base", generation(server.config, oldest + 1))
+        # One more than needed: a client that was given up may be at work yet.
+        drop_before(self.run / "base", generation(server.config, oldest + 1) - 1)
 
 
 def _probability(client: ClientPlan, unit: Unit) -> float:

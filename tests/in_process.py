@@ -32,6 +32,7 @@ from sam_ds.federation.methods.sam import condition_of
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.server import Server
 from sam_ds.federation.setup import clients_of, corpus_of
+from sam_ds.federation.state import ServerState, save_checkpoint
 from sam_ds.federation.strategy import SamStrategy
 
 DOMAINS = ("gardens", "numbers", "ships")
@@ -218,6 +219,24 @@ class Federation:
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The records of one kind so far."""
         return [record for record in read_records(self.run / "metrics.jsonl") if record["kind"] == kind]
+
+
+class Stopped(Exception):
+    """Stands for kill -9."""
+
+
+def stop_at(round_: int, when: str) -> Callable[..., Path]:
+    """A `save_checkpoint` that dies just before the checkpoint of a round is in its place, or just after."""
+
+    def save(state: ServerState, *args: Any, **kwargs: Any) -> Path:
+        if state.round == round_ and when == "before":
+            raise Stopped
+        path = save_checkpoint(state, *args, **kwargs)
+        if state.round == round_:
+            raise Stopped
+        return path
+
+    return save
 
 
 def copy_base(tiny: Tiny, run: Path) -> Path:

@@ -7,7 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from in_process import Federation, InProcessGrid, assert_equal_states, copy_base, task_for, worker_of
+from in_process import (
+    Federation,
+    InProcessGrid,
+    Stopped,
+    assert_equal_states,
+    copy_base,
+    stop_at,
+    task_for,
+    worker_of,
+)
 
 from sam_ds.clients.generations import drop_before, generation, weights_folder
 from sam_ds.clients.worker import Worker
@@ -16,7 +25,7 @@ from sam_ds.federation import strategy as strategy_module
 from sam_ds.federation.metrics import read_records
 from sam_ds.federation.run import prepare, run_server
 from sam_ds.federation.setup import clients_of, corpus_of
-from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoint
+from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.wire.payload import ExpertUnit
 
 TIERS = ("small", "medium", "large")
@@ -104,17 +113,6 @@ def test_old_weights_go_with_the_last_checkpoint_that_needs_them(federation):
 def test_a_run_stopped_around_a_redraw_goes_on_as_if_it_had_not(
     tiny, one_rank, federation, tmp_path, monkeypatch, round_, when
 ):
-    class Stopped(Exception):
-        pass
-
-    def crash(state, *args, **kwargs):
-        if state.round == round_ and when == "before":
-            raise Stopped
-        path = save_checkpoint(state, *args, **kwargs)
-        if state.round == round_:
-            raise Stopped
-        return path
-
     config = tiny.config(tmp_path, *EVERY)
     base = copy_base(tiny, tmp_path)
 
@@ -125,7 +123,7 @@ def test_a_run_stopped_around_a_redraw_goes_on_as_if_it_had_not(
         worker.close()
 
     with monkeypatch.context() as patch:
-        patch.setattr(strategy_module, "save_checkpoint", crash)
+        patch.setattr(strategy_module, "save_checkpoint", stop_at(round_, when))
         with pytest.raises(Stopped):
             start()
     start()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from in_process import InProcessGrid, assert_equal_states, copy_base, worker_of
+from in_process import InProcessGrid, Stopped, assert_equal_states, copy_base, stop_at, worker_of
 from safetensors.torch import load_file
 
 from sam_ds.errors import InputError
@@ -18,10 +18,6 @@ from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoin
 OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5")
 CLOCKS = ("wall_seconds", "evaluation_seconds", "work_seconds", "orchestration_seconds", "train_seconds",
           "load_seconds", "orchestration_share", "bytes_up", "bytes_down", "config")  # fmt: skip
-
-
-class Stopped(Exception):
-    """Stands for kill -9."""
 
 
 @pytest.fixture
@@ -82,16 +78,8 @@ def test_stopped_at_a_checkpoint(whole, run, tmp_path, monkeypatch, round_, when
     """Killed just before a checkpoint of a round is in its place, or just after."""
     folder = tmp_path / "run"
 
-    def crash(state, *args, **kwargs):
-        if state.round == round_ and when == "before":
-            raise Stopped
-        path = save_checkpoint(state, *args, **kwargs)
-        if state.round == round_:
-            raise Stopped
-        return path
-
     with monkeypatch.context() as patch:
-        patch.setattr(strategy_module, "save_checkpoint", crash)
+        patch.setattr(strategy_module, "save_checkpoint", stop_at(round_, when))
         with pytest.raises(Stopped):
             run(folder)
     run(folder)

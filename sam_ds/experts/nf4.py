@@ -206,7 +206,7 @@ def to_nf4(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
     buffers stay, as under DeepSpeed.
 
     What trains afterwards are gates and low-rank updates (`units.prepare(model, "lora", ...)`). There is no way back:
-    the folder has the weights. Gates, stand-ins, norms, biases and embeddings keep their precision.
+    the folder has the weights. Gates, stand-ins, norms, biases and embeddings are not quantized.
 
     Raises InputError, before anything is changed: not converted, experts in DeepSpeed's MoE layers, sharded weights,
     experts whose matrices are not whole blocks of 64 values, an adapter, or a matrix of a kind that it does not know.

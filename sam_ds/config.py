@@ -39,6 +39,7 @@ class SamSection(Checked):
     num_experts: Count = 16  # E, per layer
     top_k: Count = 12  # k, experts a token visits, roots included
     roots: Count = 2  # r, always visited and always held
+    root_choice: Literal["spread", "saliency"] = "spread"  # what makes neurons roots: varying output, or |w g|
     features: Literal["weights", "activations", "output"] = "weights"  # what the neurons are clustered by
     regroups: Natural = 4  # how often they are regrouped for the routes
     router: Literal["linear", "roots", "low_rank", "mlp", "mean_key", "representative"] = "roots"
@@ -79,6 +80,7 @@ class FederationSection(Checked):
     max_edits: Natural = 8  # rho_max, over all layers
     min_offered: Natural = 200  # times an edge must have been offered before it may be pruned
     edit_tolerance: NonNegative = 1e-3  # nats per token; an edit that costs more is rolled back
+    shift_round: Natural = 0  # from this round on a client has the documents of the next one; 0 = never
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # per round
 
@@ -123,10 +125,11 @@ class EvaluationSection(Checked):
 
     prefix: ClassVar[str] = "evaluation."
     every: Count = 1  # rounds
+    split: Literal["valid", "test"] = "valid"  # of the text that is scored during the run
     window: Annotated[int, Interval(2)] = 256
     stride: Count = 256
     batch: Count = 8  # windows
-    max_tokens: Annotated[int, Interval(2)] = 2048  # per domain of the valid split, during the run
+    max_tokens: Annotated[int, Interval(2)] = 2048  # per domain, during the run
     test_tokens: Annotated[int, Interval(2)] = 8192  # per domain of the test split, before and after
     sparse: bool = True  # also with k experts visited, beside the merged model
 
@@ -172,7 +175,7 @@ class RunConfig(Checked):
     seed: Natural = 0
     model: str = "embedded"  # or a Hugging Face folder or hub id
     data: str = "embedded"  # or a folder of <domain>/{train,valid,test}.*, or a name for `datasets`
-    method: Literal["sam", "fedavg", "fedit"] = "sam"
+    method: Literal["sam", "fedavg", "fedit", "static_mask", "local", "central"] = "sam"
     out: str = "runs/default"  # run folder
     sam: SamSection = field(default_factory=SamSection)
     federation: FederationSection = field(default_factory=FederationSection)
@@ -224,10 +227,15 @@ class RunConfig(Checked):
                     raise InputError(f"{key} = {ranks} does not divide {what} = {whole}: give a divisor of it")
 
     @property
+    def subsets(self) -> bool:
+        """Whether clients hold only some experts; else all train the whole model."""
+        return self.method in ("sam", "static_mask")
+
+    @property
     def working_tiers(self) -> list[str]:
         """The tiers that have an engine: those that clients are of, or the largest where all train the whole model."""
         names = [name for name, tier in self.tiers.items() if tier.share > 0.0]
-        return names if self.method == "sam" else names[-1:]
+        return names if self.subsets else names[-1:]
 
     def ranks_of(self, tier: TierSection) -> int:
         """Ranks that train a client of this tier together."""

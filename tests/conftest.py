@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Both are read when numpy, torch and deepspeed are imported, so they are set before anything else is.
@@ -114,17 +115,20 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def new_worker(tiny: Any, one_rank: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """`new_worker(*overrides)` -> the `Worker` of the tiny run with these keys; made once for the same keys."""
+    """`new_worker(*overrides)` -> the `Worker` of the tiny run with these keys, on the tiny conversion or another; made
+    once for the same keys."""
     from sam_ds.clients.worker import Worker
+    from sam_ds.federation.methods.registry import configured
     from sam_ds.federation.setup import clients_of, corpus_of
 
-    made: dict[tuple[str, ...], Any] = {}
+    made: dict[tuple[Any, ...], Any] = {}
 
-    def make(*overrides: str) -> Any:
-        if overrides not in made:
-            config = tiny.config(tmp_path_factory.mktemp("unused"), *overrides)
-            made[overrides] = Worker(config, tiny.base, clients_of(config, corpus_of(config)), [one_rank])
-        return made[overrides]
+    def make(*overrides: str, base: Path | None = None) -> Any:
+        if (base, *overrides) not in made:
+            config = configured(tiny.config(tmp_path_factory.mktemp("unused"), *overrides))
+            clients = clients_of(config, corpus_of(config))
+            made[base, *overrides] = Worker(config, base or tiny.base, clients, [one_rank])
+        return made[base, *overrides]
 
     yield make
     for worker in made.values():

@@ -203,8 +203,9 @@ class Federation:
         run = Path(config.out)
         run.mkdir(parents=True, exist_ok=True)
         corpus = corpus_of(config)
-        server = Server(config, base, corpus, METHODS[config.method])
-        log = MetricsLog(run / "metrics.jsonl", [client.domain for client in clients_of(config, corpus)])
+        domains = [client.domain for client in clients_of(config, corpus)]
+        server = Server(config, base, corpus, METHODS[config.method], domains)
+        log = MetricsLog(run / "metrics.jsonl", domains)
         strategy = SamStrategy(server, run, log)
         return cls(config=config, server=server, strategy=strategy, run=run, worker=worker,
                    grid=InProcessGrid(config.federation.clients, **grid))  # fmt: skip
@@ -273,5 +274,6 @@ def task_for(server: Server, client: int, *, round_: int = 1, seed: int = 0) -> 
         held.append((*range(roots), *sorted(map(int, drawn))))
     return Task(
         round=round_, client=client, tier=tier, trains=server.trains, held=tuple(held), sent=tuple(held),
-        graph_LEE=state.graph, condition=condition_of(server, client) if sparse else None, units=server.units_for(held),
+        graph_LEE=state.graph, condition=condition_of(server, client) if sparse else None,
+        units=server.units_for(held, client),
     )  # fmt: skip

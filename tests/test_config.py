@@ -51,7 +51,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     clients = draw(st.integers(1, 1000))
     return RunConfig(
         seed=draw(st.integers(0, 2**63)), model=draw(texts), out=draw(texts),
-        method=draw(st.sampled_from(["sam", "fedavg", "fedit"])),
+        method=draw(st.sampled_from(["sam", "fedavg", "fedit", "static_mask", "local", "central"])),
         sam=SamSection(num_experts=experts, top_k=top_k, roots=roots),
         federation=FederationSection(
             clients=clients, clients_per_round=draw(st.integers(1, clients)), forgetting=draw(domains),
@@ -159,7 +159,7 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("federation.explore=1.5", ["federation.explore must be in [0, 1]", "got 1.5"]),
     ("federation.beta_1=1", ["federation.beta_1 must be in [0, 1)", "got 1"]),
     ("sam.density=0", ["sam.density must be in (0, 1]", "got 0"]),
-    ("method=fedavgg", ["method must be one of sam, fedavg, fedit", "did you mean 'fedavg'"]),
+    ("method=fedavgg", ["method must be one of sam, fedavg, fedit, static_mask, local", "did you mean 'fedavg'"]),
     ("federation.score=[]", ["federation.score must be one of uniform", "got []"]),
     ("sam.top_k=17", ["sam.top_k must be at most sam.num_experts", "sam.top_k = 17", "= 16"]),
     ("sam.top_k=1", ["sam.roots must be at most sam.top_k", "sam.roots = 2", "= 1"]),

@@ -23,7 +23,7 @@ def check_tiers(dense: PreTrainedModel, config: RunConfig) -> dict[str, Estimate
     ffn = find_ffns(dense)[0]
     found = {}
     kinds = {tier.trains for tier in config.tiers.values() if tier.share > 0.0}
-    if config.method == "sam" and len(kinds) > 1:
+    if config.subsets and len(kinds) > 1:
         raise InputError(f"tiers train {' and '.join(sorted(kinds))}: updates of different kinds cannot be averaged; "
                          "give every tier the same `trains`")  # fmt: skip
     for name, tier in config.tiers.items():
@@ -33,7 +33,7 @@ def check_tiers(dense: PreTrainedModel, config: RunConfig) -> dict[str, Estimate
         if tier.precision != "fp32" and not get_accelerator().is_bf16_supported():
             raise InputError(f"tiers.{name}: precision = {tier.precision!r} computes in bf16, which this machine's "
                              "accelerator does not know; give precision = 'fp32', or run elsewhere")  # fmt: skip
-        if config.method != "sam":
+        if not config.subsets:
             if tier.precision == "nf4":
                 raise InputError(f"tiers.{name}: {config.method} trains what nf4 freezes; give precision = 'fp32' or "
                                  "'bf16', or method = 'sam'")  # fmt: skip

@@ -42,8 +42,11 @@ class Worker:
         self._engines: dict[tuple[str, str], TierEngine] = {}
         self._rows: dict[int, NDArray[np.int64]] = {}
 
-    def rows(self, client: int) -> NDArray[np.int64]:
-        """(B, S) the client's own training tokens."""
+    def rows(self, client: int, round_: int = 0) -> NDArray[np.int64]:
+        """(B, S) the client's own training tokens: from the round of the shift on, those the next client had."""
+        shift = self.config.federation.shift_round
+        if 0 < shift <= round_:
+            client = (client + 1) % len(self.clients)
         if client not in self._rows:
             self._rows[client] = pack(self.clients[client].texts, self.tokenizer, self.config.train.sequence)
         return self._rows[client]
@@ -87,7 +90,7 @@ class Worker:
         before = engine.load(task)
         loaded = time.perf_counter()
         settings = self.config.train
-        rows = self.rows(task.client)
+        rows = self.rows(task.client, task.round)
         order = batch_indices(
             len(rows), settings.batch, settings.steps, (self.config.seed, task.round, task.client)
         )  # fmt: skip

@@ -35,20 +35,24 @@ _CHUNK = 1024
 
 @torch.no_grad()
 def discover(
-    ffn: FFN, x_Td: Tensor, *, num_experts: int, roots: int, features: str, regroups: int, top_k: int, seed: int
-) -> Tensor:
+    ffn: FFN, x_Td: Tensor, *, num_experts: int, roots: int, features: str, regroups: int, top_k: int, seed: int,
+    saliency_m: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Find the experts among the FFN's neurons; returns the order (m,) that puts them in place, most used first.
 
-    The roots, which every token visits, are the neurons whose output varies most (CMoE's shared experts, 2502.04416,
-    there by rate): what a constant cannot stand in for. `regroups` and `top_k` are for `discovery.regroup`.
+    The roots, which every token visits, are the neurons of the highest `saliency_m`, by default those whose output
+    varies most (CMoE's shared experts, 2502.04416, there by rate): what a constant cannot stand in for. `regroups` and
+    `top_k` are for `discovery.regroup`.
     """
     up_dm, gate_dm, down_md = ffn.weights()
     hidden_Tm = hidden_of(ffn, x_Td)
     weight_m = down_md.float().square().sum(1)
     energy_m = hidden_Tm.square().mean(0) * weight_m
-    by_spread_m = (hidden_Tm.var(0) * weight_m).argsort(descending=True, stable=True)
+    if saliency_m is None:
+        saliency_m = hidden_Tm.var(0) * weight_m
+    order_m = saliency_m.argsort(descending=True, stable=True)
     own = roots * (ffn.neurons // num_experts)
-    root_m, rest_m = by_spread_m[:own], by_spread_m[own:]
+    root_m, rest_m = order_m[:own], order_m[own:]
     rest_m = rest_m.sort().values
     if len(rest_m) == 0:
         return root_m

@@ -22,6 +22,8 @@ class SamConfig:
     """k, experts a token visits in each layer, roots included."""
     roots: int = 1
     """r, experts every token visits: the entries of the graph."""
+    root_choice: str = "spread"
+    """Which neurons become roots: those whose output varies most (`spread`), or of the largest |w g| (`saliency`)."""
     features: str = "weights"
     """What neurons are clustered by: `weights` (EMoE), `activations` (CMoE) or `output`."""
     regroups: int = 4
@@ -118,6 +120,7 @@ def router_shape(
 
 
 _CHOICES = (
+    ("root_choice", ("spread", "saliency")),
     ("features", ("weights", "activations", "output")),
     ("router", ROUTERS),
     ("routing", ("threshold", "top_k")),

@@ -18,6 +18,7 @@ from sam_ds.experts.calibrate import calibrate_layer, discover, hidden_of
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.inputs import DISCOVERY_TOKENS, check_text, evenly, layer_inputs
 from sam_ds.experts.model import SamMixin, inject_layers, wrap_ffns
+from sam_ds.experts.saliency import saliency
 from sam_ds.experts.surgery import find_ffns, permute_neurons
 from sam_ds.experts.verify import check_layers
 
@@ -76,6 +77,7 @@ def get_sam_model(
         fisher = None
         if config.allocation == "sensitivity":
             fisher = output_fisher(model, ffns, some, seed=config.seed)
+        salient = saliency(model, ffns, some) if config.root_choice == "saliency" else [None] * len(ffns)
         # All are found before the first is put in place: what is refused here leaves every weight where it was.
         orders, lost = [], []
         inputs = layer_inputs(model, [ffn.entry for ffn in ffns], some)
@@ -83,7 +85,7 @@ def get_sam_model(
             x_Td = next(inputs)
             order_m = discover(
                 ffn, x_Td, num_experts=config.num_experts, roots=config.roots, features=config.features,
-                regroups=config.regroups, top_k=config.top_k, seed=config.seed + index,
+                regroups=config.regroups, top_k=config.top_k, seed=config.seed + index, saliency_m=salient[index],
             )  # fmt: skip
             orders.append(order_m)
             if fisher is not None:

@@ -21,6 +21,7 @@ from sam_ds.clients.task import WorkerGroup
 from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, from_flat
 from sam_ds.federation.messages import blob_record, result_content, task_of
+from sam_ds.federation.methods.registry import configured
 from sam_ds.federation.run import run_server
 from sam_ds.federation.setup import clients_of, corpus_of
 from sam_ds.wire.codec import encode
@@ -37,7 +38,7 @@ _worker: Worker | None = None
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, or go on with, the federation that the run config describes."""
-    run_server(grid, from_flat(context.run_config))
+    run_server(grid, configured(from_flat(context.run_config)))
 
 
 @client_app.query()
@@ -81,7 +82,7 @@ def set_worker(worker: Worker) -> None:
 def worker_for(context: Context) -> Worker:
     """This process's worker, made at the first message where no launcher did."""
     if _worker is None:
-        set_worker(_lone_worker(from_flat(context.run_config)))
+        set_worker(_lone_worker(configured(from_flat(context.run_config))))
     assert _worker is not None
     return _worker
 

@@ -29,7 +29,7 @@ from sam_ds.config import RunConfig, flatten, load_config
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app, server_app, set_worker
 from sam_ds.federation.grid import FOREVER, DeepSpeedGrid, Mailbox, identify, open_stores, serve
-from sam_ds.federation.methods.registry import METHODS
+from sam_ds.federation.methods.registry import METHODS, configured
 from sam_ds.federation.run import prepare
 from sam_ds.federation.setup import clients_of, corpus_of, open_run
 
@@ -58,7 +58,7 @@ def _configured(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.resume is None:
-        return load_config(options.config, options.set), False
+        return configured(load_config(options.config, options.set)), False
     saved = Path(options.resume) / "config.toml"
     if options.config or not saved.is_file():
         raise InputError(

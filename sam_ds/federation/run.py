@@ -49,8 +49,9 @@ def run_server(grid: Grid, config: RunConfig) -> None:
     base = prepare(config)
     corpus = corpus_of(config)
     clients = clients_of(config, corpus)
-    server = Server(config, base, corpus, METHODS[config.method])
-    log = MetricsLog(run / "metrics.jsonl", [client.domain for client in clients])
+    domains = [client.domain for client in clients]
+    server = Server(config, base, corpus, METHODS[config.method], domains)
+    log = MetricsLog(run / "metrics.jsonl", domains)
     test_tokens = config.evaluation.test_tokens
     if found := checkpoints(run / "checkpoints"):
         server.load_state(load_checkpoint(found[-1]))

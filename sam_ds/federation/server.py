@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus
 from sam_ds.errors import InputError
-from sam_ds.evaluation.domains import headline, perplexity_by_domain
+from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domain
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.slots import Checkpoint
@@ -50,9 +50,13 @@ _VALIDATION_ROWS = 8
 class Server:
     """Owns the state. Everything here runs on one rank, in one thread."""
 
-    def __init__(self, config: RunConfig, base: Path, corpus: Corpus, method: Method) -> None:
+    def __init__(
+        self, config: RunConfig, base: Path, corpus: Corpus, method: Method, domains: Sequence[str]
+    ) -> None:
+        """`domains`: of every client, the one with most of its documents."""
         self.config = config
         self.corpus = corpus
+        self.domains = domains
         self.method = method
         self.tiers = dealt_tiers(config)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
@@ -94,11 +98,12 @@ class Server:
             for client, (tier, examples) in enumerate(zip(self.tiers, self.state.examples, strict=True))
         ]
 
-    def units_for(self, held: Sequence[Sequence[int]]) -> dict[Unit, NDArray[np.float32]]:
+    def units_for(self, held: Sequence[Sequence[int]], client: int) -> dict[Unit, NDArray[np.float32]]:
         """The units that a client with these experts starts from, and answers deltas of."""
         holds = [set(experts) for experts in held]
+        own = self.state.personal.get(client, {})
         return {
-            unit: value
+            unit: own.get(unit, value)
             for unit, value in self.state.units.items()
             if not isinstance(unit, ExpertUnit) or unit.expert in holds[unit.layer]
         }
@@ -175,9 +180,12 @@ class Server:
 
     def follow_state(self) -> None:
         """Bring the model's parameters and graph to what the state says."""
-        units = {unit: torch.from_numpy(value) for unit, value in self.state.units.items()}
-        write_units(units, self._fields, self._shared, self._parameters, self._everything)
+        self._write(self.state.units)
         self.model.set_graph(torch.from_numpy(self.state.graph))
+
+    def _write(self, values: Mapping[Unit, NDArray[np.float32]]) -> None:
+        units = {unit: torch.from_numpy(value) for unit, value in values.items()}
+        write_units(units, self._fields, self._shared, self._parameters, self._everything)
 
     def assembler(self) -> Assembler:
         """The shared assembler as it is now."""
@@ -186,22 +194,43 @@ class Server:
 
     def evaluate(self, split: str, tokens: int) -> dict[str, Any]:
         """Perplexities of the merged model and, if asked for, of the sparse one over the server's graph:
-        {"merged": {"domains", "headline", "forgetting"}, "sparse": the same or None}."""
+        {"merged": {"domains", "headline", "forgetting"}, "sparse": the same or None}.
+
+        Where clients have units of their own, the mean over the clients with mostly text of the domain, of all clients
+        where there are none."""
         began = time.perf_counter()
         texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
-        result: dict[str, Any] = {"merged": self._score(texts, tokens, self.num_experts), "sparse": None}
+        result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.num_experts), "sparse": None}
         if self.config.evaluation.sparse and self.method.sparse:
-            result["sparse"] = self._score(texts, tokens, self.config.sam.top_k)
+            result["sparse"] = self._judged(texts, tokens, self.config.sam.top_k)
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
-    def _score(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, Any]:
+    def _judged(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, Any]:
+        if not self.state.personal:
+            return self._summary(self._score(texts, tokens, top_k))
+        judges = {name: [c for c, domain in enumerate(self.domains) if domain == name] for name in texts}
+        sums = {name: DomainScore(nll_sum=0.0, tokens=0) for name in texts}
+        for client in range(len(self.domains)):
+            mine = {name: text for name, text in texts.items() if client in (judges[name] or [client])}
+            self._write(self.state.units | self.state.personal.get(client, {}))
+            for name, score in self._score(mine, tokens, top_k).items():
+                sums[name] = DomainScore(
+                    nll_sum=sums[name].nll_sum + score.nll_sum, tokens=sums[name].tokens + score.tokens
+                )
+        self.follow_state()
+        return self._summary(sums)
+
+    def _score(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, DomainScore]:
         section = self.config.evaluation
         with self.model.active(top_k):
-            scores = perplexity_by_domain(
+            return perplexity_by_domain(
                 self.model, self.tokenizer, texts, window=section.window, stride=section.stride,
                 batch=section.batch, max_tokens=tokens,
             )  # fmt: skip
+
+    def _summary(self, scores: dict[str, DomainScore]) -> dict[str, Any]:
+        texts = self.corpus.domains
         forgetting = [name for name in texts if name in self.config.federation.forgetting]
         trained = [name for name in texts if name not in forgetting]
         return {

@@ -35,6 +35,8 @@ class ServerState:
     """The last round that is finished; 0 before the first."""
     units: dict[Unit, NDArray[np.float32]]
     moments: dict[Unit, tuple[NDArray[Any], ...]] = field(default_factory=dict)
+    personal: dict[int, dict[Unit, NDArray[np.float32]]] = field(default_factory=dict)
+    """Client -> the units that are its own, of the methods that have such."""
     graph: NDArray[np.bool_]
     """(L, E, E) M, the edges there are."""
     scores: NDArray[np.float32]
@@ -67,6 +69,8 @@ def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     arrays |= {f"unit/{unit_name(unit)}": value for unit, value in state.units.items()}
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
+    for client, own in state.personal.items():
+        arrays |= {f"personal{client}/{unit_name(unit)}": value for unit, value in own.items()}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     scalars = json.dumps({name: getattr(state, name) for name in _SCALARS})
     metadata = {"version": _VERSION, "scalars": scalars, "checksum": str(_checksum(arrays, scalars))}
@@ -97,8 +101,12 @@ def load_checkpoint(path: Path) -> ServerState:
     moments: dict[Unit, list[NDArray[Any]]] = {}
     for name in sorted(name for name in arrays if name.startswith("moment")):
         moments.setdefault(parse_unit(name.partition("/")[2]), []).append(arrays[name])
+    personal: dict[int, dict[Unit, NDArray[np.float32]]] = {}
+    for name in sorted(name for name in arrays if name.startswith("personal")):
+        owner, _, unit = name.removeprefix("personal").partition("/")
+        personal.setdefault(int(owner), {})[parse_unit(unit)] = arrays[name]
     return ServerState(
-        units=units, moments={unit: tuple(values) for unit, values in moments.items()},
+        units=units, personal=personal, moments={unit: tuple(values) for unit, values in moments.items()},
         **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
     )  # fmt: skip
 

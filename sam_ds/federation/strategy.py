@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sam_ds.clients.generations import drop_before, generation
@@ -133,8 +134,9 @@ class SamStrategy(Strategy):
         wire = server.config.wire
         encoded: dict[Unit, bytes] = {}
         for client in planned.plan.clients:
-            units = server.units_for(client.experts)
-            missing = {unit: value for unit, value in units.items() if unit not in encoded}
+            units = server.units_for(client.experts, client.client)
+            stays = server.method.stays
+            missing = {unit: value for unit, value in units.items() if unit not in encoded or stays(unit)}
             # What goes down is exact: a lossy start would make every client's delta relative to another model.
             blobs = encode_units(missing, base_round=server_round, compress=wire.compress)
             encoded.update({unit: blobs[unit_name(unit)] for unit in missing})
@@ -145,7 +147,7 @@ class SamStrategy(Strategy):
             )  # fmt: skip
             content = task_content(task, {unit_name(unit): encoded[unit] for unit in units})
             message = Message(content, self._nodes[client.client], "train", group_id=str(server_round))
-            self._down[client.client] = count_bytes(message, sum(value.nbytes for value in units.values()))
+            self._down[client.client] = self._counted(message, units)
             yield message
 
     def aggregate_train(
@@ -267,15 +269,21 @@ class SamStrategy(Strategy):
         """Check one reply and add it. Raises RejectedUpdate, and then nothing of it is added."""
         server = self.server
         content = reply_content(reply)
-        expected = {unit: value.shape for unit, value in server.units_for(client.sent).items()}
+        expected = {unit: value.shape for unit, value in server.units_for(client.sent, client.client).items()}
         deltas = decode_units(blobs_of(content["units"]), expected=expected, base_round=round_)
         if wide := [unit for unit, delta in deltas.items() if delta.dtype != np.float32]:
             raise RejectedUpdate("wrong-shape", f"{unit_name(wide[0])} is {deltas[wide[0]].dtype}, not float32")
         counts = counters_of(content, client.experts, round_) if server.method.sparse else []
+        own = {unit: delta for unit, delta in deltas.items() if server.method.stays(unit)}
         aggregator.add(
-            deltas, weight=float(server.state.examples[client.client]),
+            {unit: delta for unit, delta in deltas.items() if unit not in own},
+            weight=float(server.state.examples[client.client]),
             probability=lambda unit: _probability(client, unit),
         )
+        if own:
+            before = server.units_for(client.sent, client.client)
+            kept = server.state.personal.setdefault(client.client, {})
+            kept.update({unit: before[unit] + delta for unit, delta in own.items()})
         for layer, (held, value) in enumerate(zip(client.experts, counts, strict=False)):
             for name, count in zip(("used", "offered", "together"), value, strict=True):
                 counters[name][layer][np.ix_(held, held)] += count
@@ -287,8 +295,16 @@ class SamStrategy(Strategy):
             round_, client, status="ok", train_seconds=metrics["train-seconds"],
             load_seconds=metrics["load-seconds"], loss_first=metrics["loss-first"], loss_last=metrics["loss-last"],
             tokens=metrics["tokens"], active_flops=active_flops(server, client, int(metrics["tokens"])),
-            bytes_up=asdict(count_bytes(reply, sum(delta.nbytes for delta in deltas.values()))),
+            bytes_up=asdict(self._counted(reply, deltas)),
         )  # fmt: skip
+
+    def _counted(self, message: Message, values: Mapping[Unit, NDArray[np.float32]]) -> ByteCount:
+        """The bytes of a message, less what only a simulation sends: the units that stay with their client."""
+        stay = [unit for unit in values if self.server.method.stays(unit)]
+        total = count_bytes(message, sum(value.nbytes for unit, value in values.items() if unit not in set(stay)))
+        blobs = message.content.array_records["units"]
+        kept = sum(len(blobs[unit_name(unit)].data) for unit in stay)
+        return ByteCount(raw=total.raw, encoded=total.encoded - kept, message=total.message - kept)
 
     def _log_client(self, round_: int, client: ClientPlan, *, status: str, **facts: Any) -> None:
         zero = ByteCount(raw=0, encoded=0, message=0)
@@ -304,7 +320,7 @@ class SamStrategy(Strategy):
         server, section = self.server, self.server.config.evaluation
         scores: dict[str, Any] = {"merged": None, "sparse": None}
         if round_ % section.every == 0 or round_ == server.config.federation.rounds:
-            scores = server.evaluate("valid", section.max_tokens)
+            scores = server.evaluate(section.split, section.max_tokens)
         server.state.losses.append(server.validation_loss(server.state.graph))
         spent = server.evaluation_seconds - evaluated
         self.log.write_round(round_, scores, facts or {}, self._clock.times(spent), server.state)

@@ -4,6 +4,9 @@
     train      what is trainable on a client and so what it uploads
     aggregate  how the answers become one update
     adapt      what happens to the graph after the round
+
+Two more for the methods that need them: `configure`, what the method asks of the run's configuration, and `stays`,
+which of the units a client trains are its own and never averaged.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.federation.aggregation import AggregationConfig
 from sam_ds.federation.participation import RoundPlan, plan_round
+from sam_ds.wire.payload import Unit
 
 if TYPE_CHECKING:
     from sam_ds.federation.server import Server
@@ -43,6 +47,10 @@ class Method:
     aggregate: Callable[[RunConfig], AggregationConfig]
     adapt: Callable[[Server, int], dict[str, Any]]
     sparse: bool
+    configure: Callable[[RunConfig], RunConfig] = lambda config: config
+    """The run as this method needs it; of a run that is as it needs it, the same."""
+    stays: Callable[[Unit], bool] = lambda unit: False
+    """Whether a unit stays with its client. The server keeps it for the client, and its bytes are not counted."""
 
 
 def plan_dense(server: Server, round_: int) -> Planned:

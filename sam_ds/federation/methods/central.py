@@ -1,0 +1,23 @@
+"""Central training: one client has all documents and does in a round the local steps of all that a round draws.
+
+What a federation is measured against. The optimizer begins anew every round, as everyone's does here; the whole model
+trains, as under `fedavg`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sam_ds.config import RunConfig
+from sam_ds.federation.methods import fedavg
+
+
+def _configure(config: RunConfig) -> RunConfig:
+    drawn = config.federation.clients_per_round
+    return replace(
+        config, federation=replace(config.federation, clients=1, clients_per_round=1, partition="iid"),
+        train=replace(config.train, steps=config.train.steps * drawn),
+    )  # fmt: skip
+
+
+METHOD = replace(fedavg.METHOD, configure=_configure)

@@ -115,7 +115,7 @@ class WireSection(Checked):
     """How updates are encoded."""
 
     prefix: ClassVar[str] = "wire."
-    values: Literal["raw", "bf16", "int8"] = "raw"
+    values: Literal["raw", "bf16", "int8", "int4"] = "raw"
     compress: bool = False  # zstd over the encoded body; needs the extra `zstd`
 
 

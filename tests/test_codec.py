@@ -130,6 +130,7 @@ def test_sizes_by_hand():
     assert body(x) == ("rle", "RAW", 1 + 14 + 224)
     assert body(np.ones(100, np.float32), values="bf16") == ("dense", "BF16", 200)
     assert body(np.ones((4, 25), np.float32), values="int8") == ("dense", "INT8", 4 * 4 + 100)
+    assert body(np.ones((3, 25), np.float32), values="int4") == ("dense", "INT4", 4 * 3 + 38)
     # Zigzag: -64..63 take one byte.
     assert body(np.array([-64, 63, 1, -1], np.int64)) == ("dense", "VARINT", 4)
     assert body(np.array([-65, 64, 1, -1], np.int64)) == ("dense", "VARINT", 6)
@@ -191,32 +192,34 @@ floats = st.one_of(st.floats(-LARGEST, LARGEST, width=32), st.floats(-1, 1, widt
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6), elements=floats),
     st.sampled_from([np.float16, np.float32, np.float64]),
     st.booleans(),
+    st.sampled_from(["int8", "int4"]),
 )
-def test_int8_stays_within_a_step(array, dtype, stochastic):
+def test_codes_stay_within_a_step(array, dtype, stochastic, values):
     assume(dtype is not np.float16 or (np.abs(array) < 65504).all())
     array = array.astype(dtype)
-    got, _ = decode(encode(array, values="int8", rng=np.random.default_rng(0) if stochastic else None))
+    got, _ = decode(encode(array, values=values, rng=np.random.default_rng(0) if stochastic else None))
     assert got.shape == array.shape and got.dtype == array.dtype and np.isfinite(got).all()
     exact = array.astype(np.float64)
     absmax = np.abs(exact).max(axis=-1, keepdims=True, initial=0) if array.ndim else np.abs(exact)
-    step = absmax / 127 * (1 + 1e-6) + 1e-44
+    step = absmax / {"int8": 127, "int4": 7}[values] * (1 + 1e-6) + 1e-44
     rounding = np.abs(exact) * float(np.finfo(dtype).eps) + float(np.finfo(dtype).smallest_subnormal)
     assert (np.abs(got - exact) <= step * (1 if stochastic else 0.5) + rounding + 1e-45).all()
 
 
-def test_int8_stochastic_rounding_is_unbiased():
+@pytest.mark.parametrize(("values", "steps"), [("int8", 127), ("int4", 7)])
+def test_stochastic_rounding_is_unbiased(values, steps):
     rng = np.random.default_rng(3)
-    row = np.array([1.0, -1.0, 0.3, -0.77, 0.001, 0.0, 1 / 254], np.float32)
+    row = np.array([1.0, -1.0, 0.3, -0.77, 0.001, 0.0, 0.5 / steps], np.float32)
     draws = 20_000
-    got, _ = decode(encode(np.tile(row, (draws, 1)), values="int8", rng=rng))
+    got, _ = decode(encode(np.tile(row, (draws, 1)), values=values, rng=rng))
     # A code is one of two neighbours: at most a quarter of a squared step of variance.
-    bound = 4.5 * (1 / 127) * 0.5 / np.sqrt(draws)
+    bound = 4.5 * (1 / steps) * 0.5 / np.sqrt(draws)
     assert (np.abs(got.astype(np.float64).mean(axis=0) - row) < bound).all()
     assert len(np.unique(got[:, 2])) == 2 and len(np.unique(got[:, 5])) == 1
-    nearest, _ = decode(encode(row[None], values="int8"))
+    nearest, _ = decode(encode(row[None], values=values))
     assert np.abs(nearest[0] - row).max() > 5 * bound, "nearest rounding would fail the test above"
-    assert encode(row, values="int8", rng=np.random.default_rng(1)) == encode(
-        row, values="int8", rng=np.random.default_rng(1)
+    assert encode(row, values=values, rng=np.random.default_rng(1)) == encode(
+        row, values=values, rng=np.random.default_rng(1)
     )
 
 
@@ -225,7 +228,7 @@ def test_what_cannot_be_sent():
     for array, options, message in (
         (np.ones(3, np.complex64), {}, "complex64"),
         (np.array(["a"]), {}, "dtype"),
-        (x, {"values": "int4"}, "did you mean 'int8'"),
+        (x, {"values": "int6"}, "did you mean 'int"),
         (x, {"base_round": 2**32}, "base_round"),
         (x, {"base_round": -1}, "base_round"),
         (x.astype(np.float16), {"values": "bf16"}, "saves nothing"),
@@ -251,6 +254,7 @@ def small_blobs():
         "bitmap": encode(half),
         "bf16": encode(x, values="bf16"),
         "int8": encode(x, values="int8"),
+        "int4": encode(x[:, :3], values="int4"),
         "counts": encode(counts),
         "bool": encode(rng.random((4, 5)) < 0.5),
         "bool-rle": encode(np.ones(500, bool)),
@@ -263,7 +267,7 @@ def small_blobs():
 def test_small_blobs_cover_every_encoding():
     headers = [read_header(blob) for blob in small_blobs().values()]
     assert {h.encoding for h in headers} == set(Encoding)
-    assert len({h.values for h in headers}) == 4 and any(h.compressed for h in headers)
+    assert len({h.values for h in headers}) == 5 and any(h.compressed for h in headers)
 
 
 @pytest.mark.parametrize("name", small_blobs())
@@ -377,6 +381,12 @@ def test_forged_bodies():
         else:
             with pytest.raises(CodecError, match=message):
                 decode(forged)
+    halves = bytearray(encode(np.ones((1, 3), np.float32), values="int4"))
+    assert halves[-2:] == b"\x77\x07"
+    for position, value in ((-1, 0x17), (-2, 0x78)):  # more codes than announced; -8, which no code is
+        forged = bytes(halves[:position]) + bytes([value]) + bytes(halves[len(halves) + position + 1 :])
+        with pytest.raises(CodecError, match="half byte"):
+            decode(resealed(forged))
     scales = bytearray(encode(np.ones((1, 4), np.float32), values="int8"))
     scales[42:46] = struct.pack("<f", float("nan"))
     with pytest.raises(CodecError, match="scale"):

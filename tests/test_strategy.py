@@ -134,7 +134,7 @@ def test_lossless_compression_changes_nothing(federate, method):
         assert other["bytes_up"]["encoded"] <= one["bytes_up"]["encoded"]
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
 def test_lossy_values_stay_close(federate, values):
     exact = federate("federation.rounds=1")
     lossy = federate("federation.rounds=1", f"wire.values={values}", worker=(f"wire.values={values}",))

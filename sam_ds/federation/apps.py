@@ -68,7 +68,7 @@ def train(message: Message, context: Context) -> Message:
     rng = np.random.default_rng([_UPLOAD, worker.config.seed, task.round, task.client])
     blobs = encode_units(
         result.deltas, values=wire.values, base_round=task.round, compress=wire.compress,
-        rng=rng if wire.values == "int8" else None,
+        rng=rng if wire.values in ("int8", "int4") else None,
     )  # fmt: skip
     return Message(result_content(result, blobs, task.round), reply_to=message)
 

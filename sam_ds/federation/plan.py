@@ -23,7 +23,7 @@ from sam_ds.experts.convert import check_architecture
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.experts.units import Field, expert_weights, shared_parameters, trained_fields
 
-_WIRE = {"raw": 4, "bf16": 2, "int8": 1}
+_BITS = {"raw": 32, "bf16": 16, "int8": 8, "int4": 4}
 _COUNTER = 3 * 8
 """Bytes a pair of slots: used, offered, together."""
 
@@ -145,13 +145,13 @@ def _tier_plan(
         shared_parameters(model, tier.trains, dense=dense_too).values()
     )
     other = sum(size for path, size in sizes.items() if path not in kept and not any(a in path for a in added))
-    word = _WIRE[config.wire.values]
+    sent = (tier.sends or tier.experts) * expert + shared
     graph = len(model.sam_layers) * config.sam.num_experts**2
     return TierPlan(
         name=name, clients=clients, tier=tier, ranks=config.ranks_of(tier), memory=memory,
         first=2 * (other + tier.experts * sum(_of_one(field, sizes, tier.experts) for field in frozen)),
         down=4 * (tier.experts * expert + shared) + graph,
-        up=word * ((tier.sends or tier.experts) * expert + shared) + _COUNTER * len(model.sam_layers) * tier.experts**2,
+        up=_BITS[config.wire.values] * sent // 8 + _COUNTER * len(model.sam_layers) * tier.experts**2,
         flops=_flops(config, shape, tier),
     )  # fmt: skip
 

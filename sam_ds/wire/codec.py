@@ -8,14 +8,14 @@ Layout, little endian:
 | 4             | 4       | checksum: zlib.crc32 of everything after it, header and body      |
 | 8             | 1       | version, 1                                                        |
 | 9             | 1       | encoding: 0 dense, 1 rle, 2 bitmap, 3 delta-varint (`zeros.py`)   |
-| 10            | 1       | values: 0 raw, 1 bf16, 2 int8, 3 varint (`values.py`)             |
+| 10            | 1       | values: 0 raw, 1 bf16, 2 int8, 3 varint, 4 int4 (`values.py`)     |
 | 11            | 1       | dtype: index into `DTYPES`                                        |
 | 12            | 1       | flags: bit 0 = the body is one zstd frame; the others are 0       |
 | 13            | 1       | ndim, at most 32                                                  |
 | 14            | 4       | base round: the round whose weights an update starts from         |
 | 18            | 8       | length of the body, bytes                                         |
 | 26            | 8 ndim  | shape                                                             |
-| 26 + 8 ndim   | length  | body: [int8 scales, float32 a row] [positions] [values]           |
+| 26 + 8 ndim   | length  | body: [scales, float32 a row] [positions] [values]                |
 
 The checksum sits at a fixed place and covers the whole rest, so every burst of up to 32 changed bits is
 found. The encoder never writes a body longer than the dense one, so the decoder reads none: that bounds
@@ -36,9 +36,10 @@ from numpy.typing import NDArray
 
 from sam_ds.errors import InputError, nearest
 from sam_ds.wire.values import (
+    STEPS,
     Values,
     allowed,
-    code_dtype,
+    fixed_size,
     from_codes,
     pack_values,
     row_count,
@@ -102,13 +103,13 @@ def encode(
 
     Args:
         array: any shape, a dtype of `DTYPES`.
-        values: "raw" (lossless), "bf16" or "int8"; for float arrays. Integers and bools are always lossless.
+        values: "raw" (lossless), "bf16", "int8" or "int4"; for float arrays. Integers and bools are always lossless.
         base_round: stored beside the array, 0..2^32 - 1.
         compress: zstd the body, and keep the result if it is shorter.
-        rng: makes the rounding of "int8" stochastic, hence unbiased.
+        rng: makes the rounding of "int8" and "int4" stochastic, hence unbiased.
 
     Raises:
-        InputError: a dtype, value kind or base round that cannot be sent, "int8" of values that are not
+        InputError: a dtype, value kind or base round that cannot be sent, these two of values that are not
             finite, or `compress` without zstandard.
     """
     if array.dtype.newbyteorder("=") not in DTYPES:
@@ -194,8 +195,8 @@ def decode_body(header: Header, *, max_bytes: int) -> NDArray[Any]:
     if header.nbytes > max_bytes:
         raise CodecError(f"an array of {header.nbytes} bytes: at most {max_bytes} are accepted")
     size, kind, dtype = header.size, header.values, header.dtype
-    rows = row_count(header.shape, size) if kind is Values.INT8 else 0
-    dense = (size + 7) // 8 if dtype.kind == "b" else 4 * rows + size * code_dtype(kind, dtype).itemsize
+    rows = row_count(header.shape, size) if kind in STEPS else 0
+    dense = (size + 7) // 8 if dtype.kind == "b" else 4 * rows + fixed_size(size, kind, dtype)
     if len(header.body) > dense:
         raise CodecError(f"a body of {len(header.body)} bytes where {dense} bytes always do")
     body = _decompress(header.body, at_most=dense) if header.compressed else header.body
@@ -217,7 +218,7 @@ def decode_body(header: Header, *, max_bytes: int) -> NDArray[Any]:
 
 def _value_kinds(values: str, dtype: np.dtype[Any]) -> tuple[Values, ...]:
     """The kinds to choose from; all share their codes."""
-    names = {"raw": Values.RAW, "bf16": Values.BF16, "int8": Values.INT8}
+    names = {"raw": Values.RAW, "bf16": Values.BF16, "int8": Values.INT8, "int4": Values.INT4}
     if values not in names:
         raise InputError(f"values is {values!r}: must be one of {', '.join(names)}{nearest(values, names)}")
     if dtype.kind in "iu":

@@ -1,4 +1,4 @@
-"""What is sent for a value: its own bits, 16 of them, 8 of them with a scale per row, or a varint.
+"""What is sent for a value: its own bits, 16 of them, 8 or 4 of them with a scale per row, or a varint.
 
 Every array is first turned into flat integer *codes* in which 0 stands for the all-zero bit pattern, so
 that the zero encodings (`zeros.py`) work on floats, quantised floats and counters alike, and -0.0 and NaN
@@ -9,6 +9,7 @@ payloads survive `raw`.
   even.
 - `int8`: x ~ code * scale, one float32 scale = absmax / 127 per row of the last axis. With a generator the
   rounding is stochastic, floor(x / scale + u), u ~ U[0, 1): E[decoded] = x (as QSGD, 1610.02132).
+- `int4`: the same with absmax / 7, two codes a byte, the first in the low half.
 - `varint`: integers only; signed ones zigzag-folded (0, -1, 1, -2 -> 0, 1, 2, 3) as in Protocol Buffers.
 
 Shape legend: N values of the flat array, R rows (N / last axis).
@@ -31,6 +32,11 @@ class Values(IntEnum):
     BF16 = 1
     INT8 = 2
     VARINT = 3
+    INT4 = 4
+
+
+STEPS = {Values.INT8: 127, Values.INT4: 7}
+"""The largest code of the kinds with a scale per row."""
 
 
 def allowed(kind: Values, dtype: np.dtype[Any]) -> bool:
@@ -46,23 +52,23 @@ def code_dtype(kind: Values, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The type of the codes of an array of `dtype` sent as `kind`."""
     if kind is Values.BF16:
         return np.dtype("<u2")
-    if kind is Values.INT8:
+    if kind in STEPS:
         return np.dtype("i1")
     return np.dtype(f"<u{dtype.itemsize}")
 
 
 def row_count(shape: tuple[int, ...], size: int) -> int:
-    """R: scales of an `int8` array of `shape` and `size` values; 1 for a scalar, 0 for an empty array."""
+    """R: scales of an `int8` or `int4` array of `shape` and `size` values; 1 for a scalar, 0 for an empty array."""
     return size // shape[-1] if shape and size else min(size, 1)
 
 
 def to_codes(
     array: NDArray[Any], kind: Values, rng: np.random.Generator | None
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Codes (N,) and scales (R,), the latter empty unless `kind` is INT8.
+    """Codes (N,) and scales (R,), the latter empty unless `kind` has scales.
 
     Raises:
-        InputError: INT8 of a value that is not finite or too large for a float32 scale.
+        InputError: INT8 or INT4 of a value that is not finite or too large for a float32 scale.
     """
     no_scales = np.zeros(0, dtype=np.float32)
     flat = array.reshape(-1)
@@ -73,8 +79,8 @@ def to_codes(
         # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
         return np.where(is_nan, (bits >> 16) | 0x0040, halves).astype("<u2"), no_scales
-    if kind is Values.INT8:
-        return _to_int8(flat, row_count(array.shape, array.size), rng)
+    if kind in STEPS:
+        return _to_steps(flat, row_count(array.shape, array.size), kind, rng)
     little = flat.astype(array.dtype.newbyteorder("<"), copy=False)
     return little.view(code_dtype(kind, array.dtype)), no_scales
 
@@ -90,7 +96,7 @@ def from_codes(
     if kind is Values.BF16:
         bits = codes_N.astype("<u4") << 16
         return bits.view("<f4").astype(dtype).reshape(shape)
-    if kind is Values.INT8:
+    if kind in STEPS:
         rows = max(len(scales_R), 1)
         exact: NDArray[np.float64] = codes_N.reshape(rows, -1) * scales_R[:, None].astype(np.float64)
         # A scale is rounded up, so the row's maximum may land just above the largest finite number.
@@ -105,14 +111,21 @@ def values_size(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> int:
         return 0
     if kind is Values.VARINT:
         return int(varint_lengths(_fold(codes, dtype)).sum())
-    return codes.size * codes.itemsize
+    return fixed_size(codes.size, kind, dtype)
+
+
+def fixed_size(count: int, kind: Values, dtype: np.dtype[Any]) -> int:
+    """Bytes of `count` codes of a kind whose codes are all as long; of a varint, those of the bits it stands for."""
+    return (count + 1) // 2 if kind is Values.INT4 else count * code_dtype(kind, dtype).itemsize
 
 
 def pack_values(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> bytes:
     """The values section: the codes that are sent, one after the other."""
     if dtype.kind == "b":
         return b""
-    return encode_varints(_fold(codes, dtype)) if kind is Values.VARINT else codes.tobytes()
+    if kind is Values.VARINT:
+        return encode_varints(_fold(codes, dtype))
+    return _nibbles(codes).tobytes() if kind is Values.INT4 else codes.tobytes()
 
 
 def unpack_values(data: memoryview, count: int, kind: Values, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -133,27 +146,45 @@ def unpack_values(data: memoryview, count: int, kind: Values, dtype: np.dtype[An
         if int(folded.max(initial=0)) >= 1 << (8 * dtype.itemsize):
             raise CodecError(f"a value does not fit {dtype}")
         return _unfold(folded, dtype).astype(codes_as)
-    if len(data) != count * codes_as.itemsize:
-        raise CodecError(f"{len(data)} bytes of values, {count * codes_as.itemsize} were announced")
+    if len(data) != fixed_size(count, kind, dtype):
+        raise CodecError(f"{len(data)} bytes of values, {fixed_size(count, kind, dtype)} were announced")
+    if kind is Values.INT4:
+        return _from_nibbles(np.frombuffer(data, dtype=np.uint8), count)
     return np.frombuffer(data, dtype=codes_as).copy()
 
 
-def _to_int8(
-    flat: NDArray[Any], rows: int, rng: np.random.Generator | None
+def _nibbles(codes: NDArray[Any]) -> NDArray[np.uint8]:
+    halves = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
+    halves[: codes.size] = codes.view(np.uint8) & 0xF
+    packed: NDArray[np.uint8] = halves[::2] | (halves[1::2] << np.uint8(4))
+    return packed
+
+
+def _from_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
+    halves = np.stack([packed & 0xF, packed >> 4], axis=1).reshape(-1)
+    if halves[count:].any() or (halves == 8).any():
+        raise CodecError("a half byte that no code is written as")
+    codes: NDArray[np.int8] = (halves[:count] ^ np.uint8(8)).astype(np.int8) - np.int8(8)
+    return codes
+
+
+def _to_steps(
+    flat: NDArray[Any], rows: int, kind: Values, rng: np.random.Generator | None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     if flat.size == 0:
         return np.zeros(0, dtype=np.int8), np.zeros(0, dtype="<f4")
+    steps = STEPS[kind]
     exact = flat.reshape(rows, -1).astype(np.float64)
     absmax_R = np.abs(exact).max(axis=1)
     if not bool((absmax_R <= float(np.finfo(np.float32).max)).all()):
-        raise InputError("values='int8' needs finite values that fit float32: send the array raw")
-    scales_R = (absmax_R / 127).astype("<f4")
-    # Rounded down, |x| / scale could exceed 127 and be cut, which would bias the largest value of a row.
-    short_R = scales_R.astype(np.float64) * 127 < absmax_R
+        raise InputError(f"values={kind.name.lower()!r} needs finite values that fit float32: send the array raw")
+    scales_R = (absmax_R / steps).astype("<f4")
+    # Rounded down, |x| / scale could exceed the largest code and be cut, which would bias the largest value of a row.
+    short_R = scales_R.astype(np.float64) * steps < absmax_R
     scales_R[short_R] = np.nextafter(scales_R[short_R], np.float32(np.inf))
     ratio = exact / np.where(scales_R > 0, scales_R, 1).astype(np.float64)[:, None]
     rounded = np.rint(ratio) if rng is None else np.floor(ratio + rng.random(ratio.shape))
-    return np.clip(rounded, -127, 127).astype(np.int8).reshape(-1), scales_R
+    return np.clip(rounded, -steps, steps).astype(np.int8).reshape(-1), scales_R
 
 
 def _fold(codes: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint64]:

@@ -58,7 +58,7 @@ class FederationSection(Checked):
     rounds: Count = 6
     clients: Count = 8  # N
     clients_per_round: Count = 8  # K; the expected number under Poisson sampling
-    sampling: Literal["without_replacement", "poisson"] = "without_replacement"
+    sampling: Literal["without_replacement", "poisson", "stratified"] = "without_replacement"
     partition: Literal["domain", "dirichlet", "iid"] = "domain"
     alpha: Positive = 0.5  # Dirichlet concentration
     forgetting: tuple[str, ...] = ()  # domains no client holds: they measure forgetting

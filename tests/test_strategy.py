@@ -10,6 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord
 from in_process import ClientCrash, Federation, assert_equal_states
 
+from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.errors import InputError
 from sam_ds.federation.messages import blob_record, blobs_of
 from sam_ds.federation.participation import sample_clients
@@ -153,7 +154,8 @@ def test_moments_are_kept(federate, optimizer):
 
 
 @pytest.mark.parametrize("overrides", [
-    ("federation.sampling=poisson",), ("federation.score=uniform",), ("federation.score=usage",),
+    ("federation.sampling=poisson",), ("federation.sampling=stratified",),
+    ("federation.score=uniform",), ("federation.score=usage",),
     ("federation.aggregation=hajek",), ("federation.aggregation=clipped",), ("federation.aggregation=none",),
     ("federation.partition=iid",), ("federation.partition=dirichlet",), ("federation.forgetting=ships",),
     ("evaluation.sparse=false", "evaluation.every=2"),
@@ -339,7 +341,7 @@ def silent(tiny, new_worker, tmp_path_factory):
 def first_clients(config):
     """Who is drawn in round 1."""
     section = config.federation
-    drawn, _ = sample_clients(config.seed, 1, clients=section.clients,
+    drawn, _ = sample_clients(config.seed, 1, tiers=dealt_tiers(config),
                               per_round=section.clients_per_round, scheme=section.sampling)  # fmt: skip
     return [int(client) for client in drawn]
 

@@ -30,7 +30,7 @@ def _plan(server: Server, round_: int) -> Planned:
     layers, num_experts, _ = state.graph.shape
     members = server.members()
     drawn, _ = sample_clients(
-        config.seed, round_, clients=len(members), per_round=section.clients_per_round, scheme=section.sampling
+        config.seed, round_, tiers=server.tiers, per_round=section.clients_per_round, scheme=section.sampling
     )  # fmt: skip
     graphs, conditions = {}, {}
     scores_NLE = np.zeros((len(members), layers, num_experts))

@@ -59,7 +59,7 @@ class FederationSection(Checked):
     rounds: Count = 6
     clients: Count = 8  # N
     clients_per_round: Count = 8  # K; the expected number under Poisson sampling
-    sampling: Literal["without_replacement", "poisson"] = "without_replacement"
+    sampling: Literal["without_replacement", "poisson", "stratified"] = "without_replacement"
     partition: Literal["domain", "dirichlet", "iid"] = "domain"
     alpha: Positive = 0.5  # Dirichlet concentration
     forgetting: tuple[str, ...] = ()  # domains no client holds: they measure forgetting
@@ -67,7 +67,11 @@ class FederationSection(Checked):
     edges: Count = 48  # B, edges a client may use per layer
     explore: Probability = 0.05  # eps, an edge of a client's mask flips
     floor: Probability = 0.3  # least inclusion probability of an expert that is not a root
-    score: Literal["uniform", "usage", "reach"] = "reach"  # what held experts are drawn by
+    score: Literal["uniform", "usage", "reach", "fitness", "greedy", "anchors"] = "reach"  # what experts are drawn by
+    fitness_decay: Decay = 0.8  # of the running mean of how often a client's tokens visit an expert it holds
+    load_decay: Decay = 0.8  # of the running mean of the share of a round's clients that hold an expert
+    fitness_weight: NonNegative = 1.0
+    load_weight: NonNegative = 0.5
     aggregation: Literal["ht", "hajek", "clipped", "none"] = "ht"
     clip: Positive = 10.0  # largest 1/p under "clipped"
     server_optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
@@ -83,6 +87,11 @@ class FederationSection(Checked):
     shift_round: Natural = 0  # from this round on a client has the documents of the next one; 0 = never
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # per round
+
+    @property
+    def floor_in_force(self) -> float:
+        """`floor`, and 0 where the choice of experts is not drawn."""
+        return 0.0 if self.score == "greedy" else self.floor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,17 +206,19 @@ class RunConfig(Checked):
         if federation.edges < free:
             raise InputError(f"federation.edges must be at least sam.num_experts - sam.roots = {free}, got "
                              f"{federation.edges}: each expert beside the roots needs an edge to be reached")
+        anchor = int(federation.score == "anchors" and free > 0)
         for name, tier in self.tiers.items():
             if not (name.isascii() and name.replace("_", "a").isalnum()):
                 raise InputError(f"a tier's name must be of letters, digits and underscores, got {name!r}")
             _at_most("sam.roots", sam.roots, f"tiers.{name}.experts", tier.experts)
             _at_most(f"tiers.{name}.experts", tier.experts, "sam.num_experts", sam.num_experts)
             _at_most(f"tiers.{name}.sends", tier.sends, f"tiers.{name}.experts", tier.experts)
-            if federation.floor * free > tier.experts - sam.roots + 1e-9:
+            least, places = federation.floor_in_force * (free - anchor), tier.experts - sam.roots - anchor
+            if least > places + 1e-9:
                 raise InputError(
-                    f"federation.floor = {federation.floor} asks for {federation.floor * free:g} experts "
-                    f"beside the roots, tiers.{name}.experts = {tier.experts} leaves "
-                    f"{tier.experts - sam.roots}: lower the floor or raise the tier's budget")
+                    f"federation.floor = {federation.floor} asks for {least:g} experts beside the roots"
+                    f"{' and an anchor' if anchor else ''}, tiers.{name}.experts = {tier.experts} leaves "
+                    f"{places}: lower the floor or raise the tier's budget")
         sliced = self.method == "sam" and all(tier.trains == "lora" for tier in self.tiers.values() if tier.share > 0.0)
         if self.train.redraw_every and not sliced:
             raise InputError(f"train.redraw_every = {self.train.redraw_every} is of low-rank slices: give 0, or "

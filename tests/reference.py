@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -392,37 +393,41 @@ def reference_inclusion(scores, budget, roots, floor):
     return h(high)
 
 
-class ScriptedGenerator:
-    """Stands in for a generator: gives the permutation and the start it is told."""
+class EnumeratedGenerator:
+    """Stands in for a generator: every call gives the outcome that `path` says, the first one past its end."""
 
-    def __init__(self, permutation, start, grain):
-        self._permutation, self._start, self._grain = permutation, start, grain
+    def __init__(self, path):
+        self.path, self.counts = path, []
 
-    def permutation(self, size):
-        assert size == len(self._permutation)
-        return np.array(self._permutation)
+    def _outcome(self, count):
+        self.counts.append(count)
+        return self.path[len(self.counts) - 1] if len(self.counts) <= len(self.path) else 0
 
     def integers(self, high):
-        assert high == self._grain
-        return self._start
+        return self._outcome(high)
+
+    def permutation(self, size):
+        return np.array(_permutations(size)[self._outcome(math.factorial(size))])
 
 
-def exact_design(sample, h, grain):
-    """{subset: exact probability} of a systematic `sample`, over every permutation and every start.
+@functools.cache
+def _permutations(size):
+    return list(itertools.permutations(range(size)))
 
-    Between two ends of intervals, modulo one grain, the subset cannot change: one call for each stretch.
-    """
-    design = {}
-    permutations = list(itertools.permutations(range(len(h))))
-    for permutation in permutations:
-        cuts = {0, grain}
-        for last in range(1, len(h)):
-            end = sum(round(h[e] * grain) for e in permutation[:last]) % grain
-            # The sampler may move a rounding error of a few grains: stretches of that size are split off.
-            cuts |= {c for c in range(end - len(h), end + len(h) + 1) if 0 < c < grain}
-        for start, stop in itertools.pairwise(sorted(cuts)):
-            subset = tuple(sample(h, ScriptedGenerator(permutation, start, grain)).tolist())
-            design[subset] = design.get(subset, 0) + Fraction(stop - start, grain * len(permutations))
+
+def exact_design(sample):
+    """{subset: exact probability} of `sample(rng)`, over everything that its generator may give."""
+    design, path = {}, []
+    while True:
+        rng = EnumeratedGenerator(path)
+        subset = tuple(sample(rng).tolist())
+        design[subset] = design.get(subset, 0) + Fraction(1, math.prod(rng.counts))
+        path = path + [0] * (len(rng.counts) - len(path))
+        while path and path[-1] == rng.counts[len(path) - 1] - 1:
+            path.pop()
+        if not path:
+            break
+        path[-1] += 1
     assert sum(design.values()) == 1
     return design
 

@@ -14,12 +14,14 @@ from reference import exact_design, inclusion, reference_aggregate, reference_fe
 
 from sam_ds.errors import InputError
 from sam_ds.experts.lora import LoraSlices
+from sam_ds.federation import participation
 from sam_ds.federation.aggregation import AggregationConfig, Aggregator, ServerOptimizer
-from sam_ds.federation.participation import inclusion_probabilities, systematic_sample
+from sam_ds.federation.participation import inclusion_probabilities, sample_experts
 
 EXAMPLES = np.array([10.0, 1.0, 4.0, 25.0])
 EXPERTS, PER_ROUND = 4, 2
 BUDGETS = [2, 3, 2, 3]
+SCORES = [[0, 5, 3, 2], [0, 9, 7, 4], [0, 2, 2, 6], [0, 6, 6, 8]]  # h is a multiple of 1/10
 
 
 def delta(client, expert, subset):
@@ -30,10 +32,12 @@ def delta(client, expert, subset):
 @pytest.fixture(scope="module")
 def designs():
     """For each client, {subset: probability} of the sampler in use, and its inclusion probabilities."""
-    rng, found = np.random.default_rng(5), []
-    for budget in BUDGETS:
-        h = inclusion_probabilities(rng.random(EXPERTS), budget=budget, roots=1, floor=0.2)
-        design = exact_design(systematic_sample, h, 1 << 50)
+    found = []
+    for scores, budget in zip(SCORES, BUDGETS, strict=True):
+        h = inclusion_probabilities(np.array(scores, dtype=float), budget=budget, roots=1, floor=0.2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(participation, "_GRAIN", 10)
+            design = exact_design(lambda rng, h=h: sample_experts(h, rng))
         assert all(abs(float(p) - h[e]) < 1e-14 for e, p in inclusion(design).items())
         found.append(({s: float(p) for s, p in design.items()}, h))
     return found
@@ -92,7 +96,7 @@ def target(designs):
 
 
 @pytest.mark.parametrize("clients", [subsets_without_replacement, poisson_subsets])
-def test_unbiased_ht_with_systematic_subsets(clients, designs):
+def test_unbiased_ht(clients, designs):
     mean, there = expected_aggregate(clients(), designs, "ht")
     np.testing.assert_allclose(mean, target(designs), rtol=1e-12, atol=1e-12)
     assert (there[1:] < 0.999).all(), "rounds in which nobody sends an expert are part of the sum"

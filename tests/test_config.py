@@ -167,6 +167,11 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("federation.clients_per_round=9", ["federation.clients_per_round must be at most federation.clients"]),
     ("federation.edges=13", ["federation.edges must be at least", "= 14", "got 13"]),
     ("federation.floor=0.5", ["federation.floor = 0.5 asks for 7", "tiers.small.experts = 8 leaves 6"]),
+    ("federation.sampling=stratum", ["federation.sampling must be one of without_replacement, poisson, stratified",
+                                     "got 'stratum'", "did you mean 'stratified'"]),
+    ("federation.score=fitnes", ["federation.score must be one of uniform", "got 'fitnes'", "did you mean 'fitness'"]),
+    ("federation.fitness_decay=1", ["federation.fitness_decay must be in [0, 1)", "got 1"]),
+    ("federation.load_weight=-1", ["federation.load_weight must be >= 0", "got -1"]),
     ("runtime.ranks_per_client=3", ["runtime.ranks_per_client = 3 does not divide train.batch = 4"]),
     ("evaluation.stride=512", ["evaluation.stride must be at most evaluation.window"]),
     ("tiers.small.experts=1", ["sam.roots must be at most tiers.small.experts"]),
@@ -185,6 +190,18 @@ def test_bad_input_is_named(override: str, words: list[str]) -> None:
         load_config(None, [override])
     for word in words:
         assert word in str(refusal.value)
+
+
+def test_the_floor_leaves_room_for_an_anchor_and_does_not_bind_a_greedy_choice() -> None:
+    assert load_config(None, ["federation.floor=0.4"]).federation.floor_in_force == 0.4
+    with pytest.raises(InputError, match="asks for 5.2 .* roots and an anchor, tiers.small.experts = 8 leaves 5"):
+        load_config(None, ["federation.floor=0.4", "federation.score=anchors"])
+    with pytest.raises(InputError, match="tiers.small.experts = 2 leaves -1"):
+        load_config(None, ["federation.floor=0", "federation.score=anchors", "tiers.small.experts=2"])
+    greedy = load_config(None, ["federation.floor=0.5", "federation.score=greedy"]).federation
+    assert greedy.floor_in_force == 0.0
+    assert load_config(None, ["sam.roots=16", "sam.top_k=16", "federation.score=anchors", "tiers.small.experts=16",
+                              "tiers.medium.experts=16"]).federation.score == "anchors"  # fmt: skip
 
 
 def test_a_key_in_two_spellings_is_refused(tmp_path: Path) -> None:

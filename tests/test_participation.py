@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from reference import exact_design, inclusion, reference_inclusion
 
 from sam_ds.errors import InputError
+from sam_ds.federation import participation
 from sam_ds.federation.participation import (
+    SCHEMES,
     Member,
     inclusion_probabilities,
     plan_round,
     sample_clients,
-    systematic_sample,
+    sample_experts,
+    stratified_sample,
 )
-
-GRAIN = 1 << 50
 
 
 @st.composite
@@ -87,74 +88,139 @@ def test_inclusion_refuses_what_has_no_solution(scores, bounds, message):
         inclusion_probabilities(np.array(scores, dtype=float), **bounds)
 
 
-@pytest.mark.parametrize(
-    ("scores", "budget", "roots"),
-    [([1, 1, 1, 1], 2, 1), ([0, 1, 2, 4], 2, 0), ([0, 1, 2, 3, 9], 3, 1), ([5, 4, 3, 2, 1], 4, 1)],
-)
-def test_systematic_inclusion_is_exactly_h(scores, budget, roots):
-    h = inclusion_probabilities(np.array(scores, dtype=float), budget=budget, roots=roots, floor=0.1)
-    design = exact_design(systematic_sample, h, GRAIN)
-    assert {len(subset) for subset in design} == {budget}
-    for expert, p in inclusion(design).items():
-        assert abs(p - Fraction(float(h[expert]))) <= Fraction(len(h), GRAIN)
+def test_an_infinite_score_is_certain():
+    def h(scores, **bounds):
+        return inclusion_probabilities(np.array(scores, dtype=float), **bounds).tolist()
+
+    assert h([0, 1, math.inf, 3], budget=3, roots=1, floor=0.1) == pytest.approx([1, 1 / 4, 1, 3 / 4])
+    assert h([0, 9, math.inf, math.inf], budget=3, roots=1, floor=0.0) == [1, 0, 1, 1]
+    assert h([math.inf] * 49 + [0], budget=49, roots=1, floor=0.0) == [1.0] * 49 + [0.0]
+    with pytest.raises(InputError, match=r"budget is 2: must be in 3\.\.4"):
+        h([0, 9, math.inf, math.inf], budget=2, roots=1, floor=0.0)
+    with pytest.raises(InputError, match="floor is 0.4: .* 2 experts share 0 places"):
+        h([0, 9, 9, math.inf], budget=2, roots=1, floor=0.4)
 
 
-def test_every_pair_can_meet_with_equal_h():
-    design = exact_design(systematic_sample, np.array([1.0, 0.5, 0.5, 0.5, 0.5]), GRAIN)
-    met = {pair for subset in design for pair in itertools.combinations(subset, 2)}
-    assert met == set(itertools.combinations(range(5), 2))
+def design_of(tenths, monkeypatch, grain=10):
+    """{subset: exact probability} for h in parts of `grain`, over every permutation and every start."""
+    monkeypatch.setattr(participation, "_GRAIN", grain)
+    return exact_design(lambda rng: sample_experts(np.array(tenths) / grain, rng))
 
 
-def test_a_pair_of_unequal_h_need_not_meet():
-    """What the module docstring says of systematic sampling; the aggregation never needs the p of a pair."""
-    design = exact_design(systematic_sample, np.array([0.1, 0.1, 0.6, 0.6, 0.6]), GRAIN)
-    assert not any({0, 1} <= set(subset) and p > Fraction(1, 10**9) for subset, p in design.items())
+SMALL = [
+    [10, 5, 5, 5, 5], [10, 2, 3, 5], [1, 1, 6, 6, 6], [0, 4, 8, 8], [10, 9, 6, 5, 10], [10, 10, 0, 0], [3, 7, 0, 10],
+    [4, 4, 4, 4, 4], [2, 2, 9, 9, 8],
+]  # fmt: skip
 
 
-def test_systematic_frequencies_and_pairs_of_a_larger_case():
+@pytest.mark.parametrize("tenths", SMALL, ids=str)
+def test_inclusion_is_exactly_h(tenths, monkeypatch):
+    design = design_of(tenths, monkeypatch)
+    assert {len(subset) for subset in design} == {sum(tenths) // 10}
+    held = inclusion(design)
+    assert [held.get(e, 0) for e in range(len(tenths))] == [Fraction(t, 10) for t in tenths]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_inclusion_is_exactly_h_for_any_h(data):
+    grain = data.draw(st.integers(2, 12))
+    grains = data.draw(st.lists(st.integers(0, grain), min_size=1, max_size=4))
+    grains.append(-sum(grains) % grain)
+    with pytest.MonkeyPatch.context() as patch:
+        design = design_of(grains, patch, grain)
+    assert {len(subset) for subset in design} == {sum(grains) // grain}
+    held = inclusion(design)
+    assert [held.get(e, 0) for e in range(len(grains))] == [Fraction(g, grain) for g in grains]
+
+
+@pytest.mark.parametrize("percent", [[10, 10, 60, 60, 60], [100, 50, 50, 50, 50], [5, 90, 55, 50], [0, 40, 80, 80],
+                                     [100, 20, 95, 85, 0, 100]], ids=str)  # fmt: skip
+def test_every_pair_can_meet(percent, monkeypatch):
+    """A simple random sample is drawn with the largest probability that leaves the rest an inclusion in [0, 1]."""
+    design = design_of(percent, monkeypatch, 100)
+    free = [e for e, p in enumerate(percent) if 0 < p < 100]
+    places = Fraction(sum(percent[e] for e in free), 100)
+    share = places / len(free)
+    h = [Fraction(percent[e], 100) for e in free]
+    simple = min(min(h) / share, (1 - max(h)) / (1 - share))
+    least = simple * share * (places - 1) / (len(free) - 1)
+    assert least > 0
+    for pair in itertools.combinations(free, 2):
+        assert sum(p for subset, p in design.items() if set(pair) <= set(subset)) >= least
+    if percent == [10, 10, 60, 60, 60]:
+        # What systematic sampling would keep apart meets in the simple random sample alone.
+        assert sum(p for subset, p in design.items() if {0, 1} <= set(subset)) == least == Fraction(1, 40)
+
+
+def test_frequencies_and_pairs_of_a_larger_case():
     rng = np.random.default_rng(0)
     h = inclusion_probabilities(rng.random(16) ** 2, budget=5, roots=1, floor=0.05)
-    draws, counts, together = 40_000, np.zeros(16), np.zeros((16, 16), dtype=bool)
-    for _ in range(draws):
-        held = systematic_sample(h, rng)
-        counts[held] += 1
-        together[np.ix_(held, held)] = True
-    assert counts.sum() == 5 * draws
-    error = np.abs(counts / draws - h)
+    draws = 100_000
+    held = np.zeros((draws, 16), dtype=bool)
+    for row in held:
+        row[sample_experts(h, rng)] = True
+    assert (held.sum(1) == 5).all()
+    error = np.abs(held.mean(0) - h)
     assert (error <= 4.5 * np.sqrt(h * (1 - h) / draws)).all()
-    assert together.all()
+    assert (held.T.astype(np.float32) @ held.astype(np.float32) > 0).all()
 
 
 @given(bounded_problems(), st.integers(0, 2**32 - 1))
-def test_systematic_size_is_exact_and_certain_experts_are_held(problem, seed):
+def test_the_size_is_exact_and_certain_experts_are_held(problem, seed):
     scores, budget, roots, floor = problem
     h = inclusion_probabilities(scores, budget=budget, roots=roots, floor=floor)
-    held = systematic_sample(h, np.random.default_rng(seed))
+    held = sample_experts(h, np.random.default_rng(seed))
     assert len(held) == budget and (np.diff(held) > 0).all()
     assert set(np.flatnonzero(h == 1)) <= set(held.tolist())
     assert (h[held] > 0).all()
 
 
-def test_systematic_refuses_h_without_an_integer_sum():
-    with pytest.raises(InputError, match="integer sum"):
-        systematic_sample(np.array([0.5, 0.7]), np.random.default_rng(0))
+@pytest.mark.parametrize("h", [[0.5, 0.7], [1.5, 0.5], [-0.5, 0.5], [math.nan, 1.0]], ids=str)
+def test_what_is_no_inclusion_probability_is_refused(h):
+    with pytest.raises(InputError, match=r"h is .*: must be in \[0, 1\] with an integer sum"):
+        sample_experts(np.array(h), np.random.default_rng(0))
 
 
-def test_clients_without_replacement_and_poisson():
-    rounds = 4_000
-    for scheme in ("without_replacement", "poisson"):
-        counts, sizes = np.zeros(10), []
-        for r in range(rounds):
-            ids, pi = sample_clients(3, r, clients=10, per_round=3, scheme=scheme)
-            assert (np.diff(ids) > 0).all() and (pi == 0.3).all()
-            counts[ids] += 1
-            sizes.append(len(ids))
-        assert (np.abs(counts / rounds - 0.3) < 4.5 * math.sqrt(0.21 / rounds)).all()
-        assert (set(sizes) == {3}) == (scheme == "without_replacement")
-    for wrong in ({"per_round": 0}, {"per_round": 11}, {"scheme": "possion"}, {"seed": -1}):
-        arguments = {"seed": 0, "round": 1, "clients": 10, "per_round": 3, "scheme": "poisson"} | wrong
-        with pytest.raises(InputError):
-            sample_clients(**arguments)
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.data())
+def test_a_stratified_draw_keeps_the_shares_of_the_tiers(tiers, data):
+    """Over everything that can be drawn: K clients, of each tier its share rounded, and pi = K / N exactly."""
+    clients, per_round = len(tiers), data.draw(st.integers(1, len(tiers)))
+    design = exact_design(lambda rng: stratified_sample(tiers, per_round, rng))
+    for subset in design:
+        assert len(subset) == per_round and list(subset) == sorted(subset)
+        for tier in set(tiers):
+            share = Fraction(tiers.count(tier) * per_round, clients)
+            assert math.floor(share) <= sum(tiers[c] == tier for c in subset) <= math.ceil(share)
+    assert inclusion(design) == dict.fromkeys(range(clients), Fraction(per_round, clients))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_clients_are_drawn_with_the_probability_they_are_told(scheme):
+    rounds, tiers = 4_000, [*"aabbbbbbbb"]
+    counts, sizes, tier_a = np.zeros(10), [], set()
+    for r in range(rounds):
+        ids, pi = sample_clients(3, r, tiers=tiers, per_round=3, scheme=scheme)
+        assert (np.diff(ids) > 0).all() and (pi == 0.3).all()
+        counts[ids] += 1
+        sizes.append(len(ids))
+        tier_a.add(int((ids < 2).sum()))
+    assert (np.abs(counts / rounds - 0.3) < 4.5 * math.sqrt(0.21 / rounds)).all()
+    assert (set(sizes) == {3}) == (scheme != "poisson")
+    assert tier_a == ({0, 1} if scheme == "stratified" else {0, 1, 2})
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"per_round": 0}, r"per_round is 0: must be in 1\.\.10"),
+    ({"per_round": 11}, r"per_round is 11: must be in 1\.\.10"),
+    ({"scheme": "possion"}, "scheme is 'possion': use one of .*; did you mean 'poisson'"),
+    ({"scheme": "stratify"}, "scheme is 'stratify': .*; did you mean 'stratified'"),
+    ({"seed": -1}, "seed -1, round 1: must not be negative"), ({"round": -1}, "seed 0, round -1: must not be negative"),
+])  # fmt: skip
+def test_bad_draws_of_clients_are_named(wrong, message):
+    with pytest.raises(InputError, match=message):
+        sample_clients(**{"seed": 0, "round": 1, "tiers": ["one"] * 10, "per_round": 3, "scheme": "poisson"} | wrong)
 
 
 POPULATION = [Member(30, "small", 5), Member(10, "large", 50), Member(20, "small", 7), Member(5, "large", 1)]
@@ -220,19 +286,33 @@ def test_plan_follows_scores_of_the_right_client():
     assert h[20][0, 5] == 1 and h[30][0, 5] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"population": [*POPULATION, Member(10, "small", 1)]},
-        {"population": [*POPULATION, Member(11, "smal", 1)]},
-        {"layers": 3},
-        {"scores": np.zeros((4, 2, 5))},
-        {"floor": 0.9},
-    ],
-)
-def test_plan_refuses_bad_input(wrong):
-    with pytest.raises(InputError):
-        make_plan(0, **wrong)
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"population": [*POPULATION, Member(10, "small", 1)]}, "population holds a client id twice"),
+    ({"population": [*POPULATION, Member(11, "smal", 1)]}, "tier 'smal' has no budget; did you mean 'small'"),
+    ({"layers": 3}, r"budgets\['large'\] has 2 layers: the model has 3"),
+    ({"scores": np.zeros((4, 2, 5))}, r"scores_NLE is \(4, 2, 5\): \(clients, layers, experts\) is \(4, 2, 6\)"),
+    ({"floor": 0.9}, "floor is 0.9: must be in 0..1, and 5 experts share [13] places"),
+    ({"num_experts": 3}, r"budget is 4: must be in 1\.\.3"),
+    ({"roots": 3}, r"budget is 2: must be in 3\.\.6"),
+    ({"per_round": 5}, r"per_round is 5: must be in 1\.\.4"),
+    ({"scheme": "any"}, "scheme is 'any'"),
+    ({"sends": {"small": 0}}, r"sends\['small'\] is 0: must be at least 1"),
+])  # fmt: skip
+def test_plan_refuses_bad_input(wrong, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(0, **{"per_round": 4} | wrong)
+
+
+@given(bounded_problems(), st.sampled_from(SCHEMES), st.integers(1, 3))
+def test_every_p_of_what_is_held_is_a_probability(problem, scheme, sends):
+    scores, budget, roots, floor = problem
+    members = [Member(i, "one", 1) for i in range(3)]
+    plan = plan_round(
+        0, 0, members, {"one": [budget]}, layers=1, num_experts=len(scores), roots=roots, per_round=2, scheme=scheme,
+        floor=floor, scores_NLE=np.tile(scores, (3, 1, 1)), sends={"one": sends},
+    )  # fmt: skip
+    for client in plan.clients:
+        assert all(0 < client.probability(0, e) <= 1 for e in client.experts[0])
 
 
 def test_member_needs_examples():

@@ -86,6 +86,18 @@ def test_stopped_at_a_checkpoint(whole, run, tmp_path, monkeypatch, round_, when
     assert_same_run(whole, folder)
 
 
+def test_what_the_server_learns_of_clients_is_resumed(run, tmp_path, monkeypatch):
+    """The plan of a round depends on the feedback of those before it."""
+    overrides = ("federation.score=fitness", "federation.rounds=2", "federation.clients_per_round=6")
+    run(tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy_module, "save_checkpoint", stop_at(1, "after"))
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", *overrides)
+    run(tmp_path / "run", *overrides)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_stopped_in_the_middle_of_a_line(whole, run, tmp_path, monkeypatch):
     """In round 3, the log cut within its last record."""
     folder = tmp_path / "run"

@@ -33,6 +33,7 @@ def random_state(round_=3, *, moments=2, seed=0):
                  for unit, v in list(units.items())[:3]} if moments else {},
         graph=rng.random((2, 4, 4)) < 0.5, scores=rng.normal(size=(3, 2, 4)).astype(np.float32),
         rates=rng.random((3, 2, 4)).astype(np.float32), examples=rng.integers(1, 99, size=3),
+        fitness=rng.random((3, 2, 4)), load=rng.random((2, 4)),
         ever_held=rng.random((3, 2, 4)) < 0.5, losses=[3.1, 0.1 + 0.2], gamma=1 / 3, **counters,
     )  # fmt: skip
 
@@ -104,10 +105,10 @@ def test_the_message_names_the_older_one(tmp_path):
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module, "_VERSION", "2")
+    monkeypatch.setattr(state_module, "_VERSION", "3")
     path = save_checkpoint(random_state(), tmp_path, keep=3)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="has version 2, this package reads 1"):
+    with pytest.raises(InputError, match="has version 3, this package reads 2"):
         load_checkpoint(path)
 
 

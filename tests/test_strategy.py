@@ -10,6 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord
 from in_process import ClientCrash, Federation, assert_equal_states
 
+from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.errors import InputError
 from sam_ds.federation.messages import blob_record, blobs_of
 from sam_ds.federation.participation import sample_clients
@@ -154,6 +155,7 @@ def test_moments_are_kept(federate, optimizer):
 
 @pytest.mark.parametrize("overrides", [
     ("federation.sampling=poisson",), ("federation.score=uniform",), ("federation.score=usage",),
+    ("federation.score=anchors", "federation.floor=0.1"), ("federation.score=greedy", "federation.sampling=stratified"),
     ("federation.aggregation=hajek",), ("federation.aggregation=clipped",), ("federation.aggregation=none",),
     ("federation.partition=iid",), ("federation.partition=dirichlet",), ("federation.forgetting=ships",),
     ("evaluation.sparse=false", "evaluation.every=2"),
@@ -188,6 +190,30 @@ def test_ht_is_the_formula(federate):
         np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
     moved = sum(not np.array_equal(before[u], value) for u, value in federation.server.state.units.items())
     assert moved > 0
+
+
+def test_fitness_and_load_are_learned_from_the_answers(federate):
+    """A visit credits one edge, so visits are counted a second way here; what a client did not hold, or could visit
+    all of, keeps its score."""
+    federation = federate("federation.rounds=1", "federation.score=fitness", "federation.fitness_decay=0.75",
+                          "federation.load_decay=0.5")  # fmt: skip
+    state, planned = federation.server.state, federation.strategy._planned.plan.clients
+    fitness, load = state.rates.astype(np.float64), np.zeros_like(state.load)
+    routed = set()
+    for client, reply in zip(planned, federation.grid.seen, strict=True):
+        for layer, held in enumerate(client.experts):
+            load[layer, list(held)] += 0.5 / 3
+            used_SS = decode(blobs_of(reply.content["counters"])[f"shared/counters/{layer}"])[0][0]
+            routed.add(bool(used_SS.any()))
+            if used_SS.any():
+                share_S = used_SS.sum(0) / (2 * 4 * 16)
+                share_S[:2] = 1.0
+                fitness[client.client, layer, list(held)] *= 0.75
+                fitness[client.client, layer, list(held)] += 0.25 * share_S
+    np.testing.assert_allclose(state.fitness, fitness)
+    np.testing.assert_allclose(state.load, load)
+    assert routed == {True, False}
+    assert (state.fitness != state.rates).any() and ((0 <= state.fitness) & (state.fitness <= 1)).all()
 
 
 def trained_alone(server, worker, client):
@@ -339,7 +365,7 @@ def silent(tiny, new_worker, tmp_path_factory):
 def first_clients(config):
     """Who is drawn in round 1."""
     section = config.federation
-    drawn, _ = sample_clients(config.seed, 1, clients=section.clients,
+    drawn, _ = sample_clients(config.seed, 1, tiers=dealt_tiers(config),
                               per_round=section.clients_per_round, scheme=section.sampling)  # fmt: skip
     return [int(client) for client in drawn]
 

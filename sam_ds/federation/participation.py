@@ -8,12 +8,18 @@ was fixed before the draw and that the draw realises (Horvitz and Thompson, 1952
 by designs with given first-order inclusion probabilities, and p is never an activation probability nor a
 token frequency.
 
-Experts: systematic sampling (Madow, 1949) over a random permutation. Put intervals of lengths h_e one
-after the other on [0, budget), throw a comb of teeth at u, u + 1, u + 2, ... with u ~ U[0, 1), and hold
-the experts that are hit. As h_e <= 1, expert e is hit at most once, with probability h_e; the number of
-hits is always the budget. The permutation lets experts meet that a fixed order would keep apart. With
-equal h and two free places or more every pair meets; with unequal h some pair may not, e.g. the first two
-of h = (.1, .1, .6, .6, .6): p of a pair is not used anywhere.
+Clients: exactly K of N, or each on its own (Poisson), or K of N with each tier's share kept: "stratified" is
+systematic sampling (Madow, 1949) over the clients sorted by tier, tiers and their clients in random order. Of
+N_t clients of a tier, N_t K / N are drawn, rounded down or up, and pi = K / N for every client.
+
+Experts: a mixture of two designs of fixed size, over the n experts with 0 < h < 1, which share b places (the
+others are certain, or never held). With probability lambda a simple random sample, else systematic sampling
+with h' = (h - lambda b/n) / (1 - lambda) over a random permutation: put intervals of lengths h'_e one after the
+other on [0, b), throw a comb of teeth at s, s + 1, s + 2, ... with s ~ U[0, 1), and hold the experts that are hit.
+As h'_e <= 1, expert e is hit at most once, with probability h'_e; the number of hits is always b. So e is held
+with probability lambda b/n + (1 - lambda) h'_e = h_e. lambda is as large as 0 <= h' <= 1 lets it be, 1 where all
+h are equal. Systematic sampling alone would keep some pairs apart, as the first two of h = (.1, .1, .6, .6, .6);
+the simple random sample lets every two experts meet where b >= 2.
 
 Sending: a client whose tier sends fewer experts than it holds (the uplink is the narrow side) sends a simple
 random sample of them, so u = sent / held for each, roots included. What it trains does not depend on that draw.
@@ -34,11 +40,11 @@ from numpy.typing import NDArray
 
 from sam_ds.errors import InputError, nearest
 
-SCHEMES = ("without_replacement", "poisson")
+SCHEMES = ("without_replacement", "poisson", "stratified")
 
 # numpy pads seeds with zeros, [s, r] and [s, r, 0] are one generator: a tag in front keeps the uses apart.
 _CLIENTS, _EXPERTS, _SENT = 1, 2, 5
-# Lengths are whole grains, for cumulated floats could put two teeth, or none, into an expert with h = 1.
+# Probabilities are whole grains: cumulated floats could put two teeth, or none, into an expert with h = 1.
 _GRAIN = 1 << 50
 
 
@@ -114,7 +120,7 @@ def plan_round(
         per_round: K, clients drawn a round (for "poisson": on average; a round may then draw none).
         scheme: one of `SCHEMES`.
         floor: the least h of an expert.
-        scores_NLE: scores >= 0 of the experts, row i for population[i]; None makes h uniform.
+        scores_NLE: scores >= 0 of the experts, row i for population[i], inf for h = 1; None makes h uniform.
         sends: tier -> experts a client sends in each layer; a tier that is absent sends all it holds.
 
     Raises:
@@ -127,6 +133,8 @@ def plan_round(
             raise InputError(f"tier {tier!r} has no budget{nearest(tier, budgets)}")
         if len(budgets[tier]) != layers:
             raise InputError(f"budgets[{tier!r}] has {len(budgets[tier])} layers: the model has {layers}")
+        if (sends or {}).get(tier, 1) < 1:
+            raise InputError(f"sends[{tier!r}] is {(sends or {})[tier]}: must be at least 1, or absent to send all")
     shape = (len(population), layers, num_experts)
     if scores_NLE is None:
         scores_NLE = np.zeros(shape)
@@ -134,7 +142,8 @@ def plan_round(
         raise InputError(f"scores_NLE is {scores_NLE.shape}: (clients, layers, experts) is {shape}")
 
     order = sorted(range(len(population)), key=lambda row: population[row].client)
-    drawn, pi_N = sample_clients(seed, round, clients=len(population), per_round=per_round, scheme=scheme)
+    tiers = [population[row].tier for row in order]
+    drawn, pi_N = sample_clients(seed, round, tiers=tiers, per_round=per_round, scheme=scheme)
     plans = []
     for position in drawn:
         row = order[position]
@@ -147,7 +156,7 @@ def plan_round(
                 scores_NLE[row, layer], budget=budget_L[layer], roots=roots, floor=floor
             )
             rng = np.random.default_rng([_EXPERTS, seed, round, member.client, layer])
-            held = systematic_sample(h_LE[layer], rng)
+            held = sample_experts(h_LE[layer], rng)
             experts.append(tuple(held.tolist()))
             few = (sends or {}).get(member.tier, len(held))
             if few < len(held):
@@ -169,15 +178,17 @@ def plan_round(
 
 
 def sample_clients(
-    seed: int, round: int, *, clients: int, per_round: int, scheme: str
+    seed: int, round: int, *, tiers: Sequence[str], per_round: int, scheme: str
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Positions 0..N-1 of the clients drawn, ascending, and pi (N,) of all of them, K/N each.
 
-    "without_replacement" draws exactly K = `per_round`; "poisson" draws each client on its own, K on average.
+    `tiers`: of all N clients, by id. "without_replacement" and "stratified" draw exactly K = `per_round`;
+    "poisson" draws each client on its own, K on average.
 
     Raises:
-        InputError: `per_round` not in 1..`clients`, a negative seed or round, or an unknown scheme.
+        InputError: `per_round` not in 1..N, a negative seed or round, or an unknown scheme.
     """
+    clients = len(tiers)
     if not 1 <= per_round <= clients:
         raise InputError(f"per_round is {per_round}: must be in 1..{clients}, the number of clients")
     if seed < 0 or round < 0:
@@ -188,39 +199,55 @@ def sample_clients(
     pi_N = np.full(clients, per_round / clients)
     if scheme == "poisson":
         return np.flatnonzero(rng.random(clients) < pi_N), pi_N
+    if scheme == "stratified":
+        return stratified_sample(tiers, per_round, rng), pi_N
     return np.sort(rng.choice(clients, size=per_round, replace=False)), pi_N
+
+
+def stratified_sample(tiers: Sequence[str], per_round: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Positions of exactly K = `per_round` of N clients, ascending, each with probability K/N; of every tier its
+    share, rounded down or up."""
+    clients = len(tiers)
+    names, tier_N = np.unique(tiers, return_inverse=True)
+    order_N = rng.permutation(clients)
+    order_N = order_N[np.argsort(rng.permutation(len(names))[tier_N[order_N]], kind="stable")]
+    # Whole numbers: a client has length K, the teeth are N apart.
+    teeth = int(rng.integers(clients)) + clients * np.arange(per_round)
+    return np.sort(order_N[teeth // per_round])
 
 
 def inclusion_probabilities(
     scores_E: NDArray[np.float64], *, budget: int, roots: int, floor: float
 ) -> NDArray[np.float64]:
-    """h (E,) with sum `budget`: 1 for the roots, clip(c score, floor, 1) for the others.
+    """h (E,) with sum `budget`: 1 for the roots and where the score is infinite, clip(c score, floor, 1) elsewhere.
 
     c is found by water-filling. Where no c reaches the budget (too few positive scores) the experts with
     score 0 share the rest equally; so scores that are all zero, like scores that are all equal, give the
     uniform h.
 
     Raises:
-        InputError: a score that is negative or not finite, or no h within these bounds has sum `budget`.
+        InputError: a score that is negative or NaN, or no h within these bounds has sum `budget`.
     """
     num_experts = len(scores_E)
-    if not (0 <= roots <= budget <= num_experts):
-        raise InputError(f"budget is {budget}: must be in {roots}..{num_experts} (roots..experts)")
-    if not (0 <= floor <= 1 and floor * (num_experts - roots) <= budget - roots + 1e-12):
+    if not bool((scores_E >= 0).all()):
+        raise InputError(f"scores are {scores_E}: must be numbers, and not negative")
+    certain_E = np.isinf(scores_E) | (np.arange(num_experts) < roots)
+    certain = int(certain_E.sum())
+    if not (0 <= roots <= certain <= budget <= num_experts):
+        raise InputError(f"budget is {budget}: must be in {certain}..{num_experts} (certain experts..all experts)")
+    if not (0 <= floor <= 1 and floor * (num_experts - certain) <= budget - certain + 1e-12):
         raise InputError(
-            f"floor is {floor}: must be in 0..1, and {num_experts - roots} experts share {budget - roots} "
-            "places beside the roots; lower the floor or raise the budget"
+            f"floor is {floor}: must be in 0..1, and {num_experts - certain} experts share {budget - certain} "
+            "places beside the certain ones; lower the floor or raise the budget"
         )
-    if not bool((np.isfinite(scores_E) & (scores_E >= 0)).all()):
-        raise InputError(f"scores are {scores_E}: must be finite and not negative")
 
     h_E = np.ones(num_experts)
     if budget == num_experts:
         return h_E
     # Scaled to a maximum of 1, so that sums of large scores stay finite.
+    free, left = np.flatnonzero(~certain_E), float(budget - certain)
     scaled_E = np.zeros(num_experts)
-    scaled_E[roots:] = scores_E[roots:] / max(float(scores_E[roots:].max()), np.finfo(np.float64).tiny)
-    free, left = np.arange(roots, num_experts), float(budget - roots)
+    scaled_E[free] = scores_E[free] / max(float(scores_E[free].max()), np.finfo(np.float64).tiny)
     while free.size:
         total = scaled_E[free].sum()
         share = scaled_E[free] / total * left if total > 0 else np.full(free.size, left / free.size)
@@ -240,18 +267,31 @@ def inclusion_probabilities(
     return np.clip(h_E, floor, 1.0)
 
 
-def systematic_sample(h_E: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Expert ids, ascending, exactly sum(h) of them, each with probability h (to 2^-50).
+def sample_experts(h_E: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Expert ids, ascending, exactly sum(h) of them, each with probability h (to 2^-50); any two experts that are
+    neither certain nor never held can meet if two places or more are free.
 
     Raises:
         InputError: an h outside [0, 1], or a sum that is not an integer.
     """
-    budget = round(float(h_E.sum()))
-    if bool(((h_E < 0) | (h_E > 1)).any()) or abs(float(h_E.sum()) - budget) > 1e-9:
+    total = float(h_E.sum())
+    if not (0 <= h_E.min() and h_E.max() <= 1 and abs(total - round(total)) <= 1e-9):
         raise InputError(f"h is {h_E}: must be in [0, 1] with an integer sum")
+    budget = round(total)
     grains_E = np.rint(h_E * _GRAIN).astype(np.int64)
     grains_E[np.argmin(np.abs(grains_E - _GRAIN // 2))] += budget * _GRAIN - int(grains_E.sum())
-    order_E = rng.permutation(len(h_E))
-    ends_E = np.cumsum(grains_E[order_E])
-    teeth = int(rng.integers(_GRAIN)) + _GRAIN * np.arange(budget, dtype=np.int64)
-    return np.sort(order_E[np.searchsorted(ends_E, teeth, side="right")])
+    certain, free = np.flatnonzero(grains_E == _GRAIN), np.flatnonzero((grains_E > 0) & (grains_E < _GRAIN))
+    if not free.size:
+        return certain
+    places = budget - len(certain)
+    order = rng.permutation(len(free))
+    length = grains_E[free[order]]
+    # lambda = n unit / _GRAIN of the module's docstring, rounded down.
+    unit = int(min(length.min() // places, (_GRAIN - length.max()) // (len(free) - places)))
+    start = int(rng.integers(_GRAIN)) - len(free) * unit
+    if start < 0:
+        hit = order[:places]
+    else:
+        teeth = start + (_GRAIN - len(free) * unit) * np.arange(places)
+        hit = order[np.searchsorted(np.cumsum(length - places * unit), teeth, side="right")]
+    return np.sort(np.concatenate([certain, free[hit]]))

@@ -85,7 +85,8 @@ class Server:
         return ServerState(
             round=0, units={unit: value.numpy() for unit, value in units.items()}, graph=self.model.graph().numpy(),
             scores=np.zeros(per_expert, np.float32), rates=np.zeros(per_expert, np.float32),
-            examples=np.zeros(clients, np.int64), used=np.zeros(per_edge, np.int64),
+            examples=np.zeros(clients, np.int64), fitness=np.zeros(per_expert), load=np.zeros(per_expert[1:]),
+            used=np.zeros(per_edge, np.int64),
             offered=np.zeros(per_edge, np.int64), together=np.zeros(per_edge, np.int64),
             used_total=np.zeros(per_edge, np.int64), ever_held=np.zeros(per_expert, bool),
             factor_seed=factor_seed(self.config, 0) if self.trains.startswith("lora") else None,

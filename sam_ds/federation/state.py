@@ -22,8 +22,9 @@ from safetensors.numpy import save
 from sam_ds.errors import InputError
 from sam_ds.wire.payload import Unit, parse_unit, unit_name
 
-_VERSION = "1"
-_ARRAYS = ("graph", "scores", "rates", "examples", "used", "offered", "together", "used_total", "ever_held")
+_VERSION = "2"
+_ARRAYS = ("graph", "scores", "rates", "examples", "fitness", "load", "used", "offered", "together", "used_total",
+           "ever_held")  # fmt: skip
 _SCALARS = ("round", "losses", "gamma", "downloads", "factor_seed")
 
 
@@ -45,6 +46,10 @@ class ServerState:
     """(N, L, E) how often a route over the full graph visits each expert on that text."""
     examples: NDArray[np.int64]
     """(N,) |D_i|."""
+    fitness: NDArray[np.float64]
+    """(N, L, E) running mean of how often each client's tokens visit the experts it held; `rates` at first."""
+    load: NDArray[np.float64]
+    """(L, E) running mean of the share of a round's clients that held each expert."""
     used: NDArray[np.int64]
     """(L, E, E) counters since the last edit: credited edges."""
     offered: NDArray[np.int64]

@@ -31,6 +31,7 @@ from sam_ds.federation.messages import blobs_of, count_bytes, counters_of, reply
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
+from sam_ds.federation.scores import heard, load_shares, running_mean
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
 from sam_ds.wire.codec import decode
@@ -184,6 +185,9 @@ class SamStrategy(Strategy):
         state.offered += counters["offered"]
         state.together += counters["together"]
         state.used_total += counters["used"]
+        if planned.plan.clients:
+            held_LE = load_shares(planned.plan.clients, server.num_experts)
+            state.load = running_mean(state.load, held_LE, server.config.federation.load_decay)
         server.follow_state()
         return None, MetricRecord(_facts(result) | {"p_answer": valid / max(selected, 1), "answers": valid})
 
@@ -226,6 +230,7 @@ class SamStrategy(Strategy):
                 server.state.examples[client] = int(facts["num-examples"])
                 server.state.scores[client] = decode(blobs["shared/scores"])[0]
                 server.state.rates[client] = decode(blobs["shared/rates"])[0]
+                server.state.fitness[client] = server.state.rates[client]
         if set(self._nodes) != set(range(wanted)):
             missing = sorted(set(range(wanted)) - set(self._nodes))
             raise RunStopped(f"clients {missing} did not register")
@@ -287,6 +292,10 @@ class SamStrategy(Strategy):
         for layer, (held, value) in enumerate(zip(client.experts, counts, strict=False)):
             for name, count in zip(("used", "offered", "together"), value, strict=True):
                 counters[name][layer][np.ix_(held, held)] += count
+            fitness_E, (_, offered_SS, together_SS) = server.state.fitness[client.client, layer], value
+            fitness_E[list(held)] = heard(
+                fitness_E[list(held)], offered_SS, together_SS, server.config.federation.fitness_decay
+            )
         for layer, held in enumerate(client.experts):
             server.state.ever_held[client.client, layer, list(held)] = True
         metrics = dict(content["metrics"])

@@ -5,6 +5,7 @@ Design 5, 7, 8, 9; the founding document's roadmap (assembler, sparse routing, 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sam_ds.config import RunConfig, TierSection
 from sam_ds.federation.aggregation import AggregationConfig
 from sam_ds.federation.methods.base import Method, Planned, aggregation_config
 from sam_ds.federation.participation import plan_round, sample_clients
+from sam_ds.federation.scores import anchored, desirability, greedy
 from sam_ds.federation.server import Server
 from sam_ds.graph.assembler import client_condition
 from sam_ds.graph.dag import explore, reach_mass, top_edges
@@ -30,27 +32,43 @@ def _plan(server: Server, round_: int) -> Planned:
     layers, num_experts, _ = state.graph.shape
     members = server.members()
     drawn, _ = sample_clients(
-        config.seed, round_, clients=len(members), per_round=section.clients_per_round, scheme=section.sampling
+        config.seed, round_, tiers=server.tiers, per_round=section.clients_per_round, scheme=section.sampling
     )  # fmt: skip
-    graphs, conditions = {}, {}
-    scores_NLE = np.zeros((len(members), layers, num_experts))
-    for client in map(int, drawn):
-        conditions[client] = condition_of(server, client)
-        graphs[client] = assemble(server, conditions[client], (config.seed, round_, client))
-        if section.score == "usage":
-            scores_NLE[client] = state.rates[client]
-        elif section.score == "reach":
-            for layer in range(layers):
-                scores_NLE[client, layer] = reach_mass(
-                    graphs[client][layer], state.rates[client, layer].astype(np.float64), config.sam.roots
-                )
+    conditions = {client: condition_of(server, client) for client in map(int, drawn)}
+    graphs = {
+        client: assemble(server, condition, (config.seed, round_, client)) for client, condition in conditions.items()
+    }
     plan = plan_round(
         config.seed, round_, members, {name: [tier.experts] * layers for name, tier in config.tiers.items()},
         layers=layers, num_experts=num_experts, roots=config.sam.roots, per_round=section.clients_per_round,
-        scheme=section.sampling, floor=section.floor, scores_NLE=scores_NLE,
+        scheme=section.sampling, floor=section.floor_in_force, scores_NLE=scores_of(server, graphs),
         sends={name: tier.sends for name, tier in config.tiers.items() if tier.sends},
     )  # fmt: skip
     return Planned(plan=plan, graphs=graphs, conditions=conditions)
+
+
+def scores_of(server: Server, graphs: Mapping[int, NDArray[np.bool_]]) -> NDArray[np.float64]:
+    """(N, L, E) what `federation.score` draws the experts of clients by; of "reach" only for those with a graph."""
+    section, state, roots = server.config.federation, server.state, server.config.sam.roots
+    rates_NLE = state.rates.astype(np.float64)
+    scores_NLE = np.zeros_like(rates_NLE)
+    match section.score:
+        case "usage":
+            scores_NLE = rates_NLE
+        case "reach":
+            for client, graph_LEE in graphs.items():
+                for layer, mask_EE in enumerate(graph_LEE):
+                    scores_NLE[client, layer] = reach_mass(mask_EE, rates_NLE[client, layer], roots)
+        case "fitness":
+            scores_NLE = desirability(
+                state.fitness, state.load, roots=roots, fitness_weight=section.fitness_weight,
+                load_weight=section.load_weight,
+            )  # fmt: skip
+        case "greedy":
+            scores_NLE = greedy(state.fitness, [server.config.tiers[tier].experts for tier in server.tiers], roots)
+        case "anchors":
+            scores_NLE = np.where(anchored(rates_NLE, roots), np.inf, rates_NLE)
+    return scores_NLE
 
 
 def condition_of(server: Server, client: int) -> NDArray[np.float32]:

@@ -109,6 +109,7 @@ class TrainSection(Checked):
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone
     lora_rank: Count = 16
     lora_alpha: Positive = 16.0
+    attention_rank: Natural = 0  # of low-rank updates of the attention, shared by all clients; 0 = none
     redraw_every: Natural = 0  # rounds after which low-rank rows are merged and new frozen factors drawn; 0 = never
     whole: Probability = 0.0  # share of the steps that visit all experts held: the merged model's part (1903.05134)
     dense: bool = True  # also what belongs to no expert: all of it beside `full` rows, the norms beside `lora` slices
@@ -223,6 +224,9 @@ class RunConfig(Checked):
         if self.train.redraw_every and not sliced:
             raise InputError(f"train.redraw_every = {self.train.redraw_every} is of low-rank slices: give 0, or "
                              "method = 'sam' with trains = 'lora' in every tier")
+        if self.train.attention_rank and not sliced and self.method != "fedit":
+            raise InputError(f"train.attention_rank = {self.train.attention_rank} is of low-rank updates: give 0, or "
+                             "method = 'sam' with trains = 'lora' in every tier, or method = 'fedit'")
         total = math.fsum(tier.share for tier in self.tiers.values())
         if abs(total - 1.0) > 1e-6:
             shares = ", ".join(f"{name} {tier.share:g}" for name, tier in self.tiers.items())

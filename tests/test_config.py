@@ -180,6 +180,7 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("tiers.small.share=0.5", ["must sum to 1, got 1.125", "small 0.5, medium 0.375, large 0.25"]),
     ("tiers.new.experts=3", ["tiers.new.memory_gib is missing"]),
     ("tiers.a b={experts=9, memory_gib=1, share=0}", ["a tier's name", "'a b'"]),
+    ("train.attention_rank=4", ["train.attention_rank = 4 is of low-rank updates", "trains = 'lora' in every tier"]),
     ("tiers={}", ["must sum to 1, got 0", "no tier"]),
     ("tiers=3", ["tiers must be a table of tiers", "got 3"]),
     ("tiers.small=3", ["tiers.small must be a table of experts"]),

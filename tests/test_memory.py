@@ -69,8 +69,11 @@ def test_what_trains_less_needs_less():
 def test_weights_are_those_of_the_real_model(trains):
     model = convert(dense(), SamConfig.of_run(CONFIG))
     to_slots(model, 5)
-    prepare(model, trains, rank=CONFIG.train.lora_rank, alpha=1.0, seed=0, dense=True)
-    said = of(experts=5, trains=trains)
+    prepare(model, trains, rank=CONFIG.train.lora_rank, alpha=1.0, seed=0, dense=True, attention_rank=3)
+    rank = 3 if trains == "lora" else 0
+    only = {"only": tier(experts=5, trains=trains)}
+    config = replace(CONFIG, train=replace(CONFIG.train, attention_rank=rank), tiers=only)
+    said = of(config, experts=5, trains=trains)
     add_assembler(model, seed=0)
     real = [*model.parameters(), *model.buffers()]
     assert said.weights + said.adapters == sum(value.numel() * value.element_size() for value in real)

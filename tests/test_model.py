@@ -315,11 +315,10 @@ def test_from_pretrained_refuses_what_is_not_its_own(dense, model, tmp_path):
 
 def with_updates(model):
     """Low-rank updates that are not zero."""
-    prepare(model, "lora", rank=4, alpha=8.0, seed=0)
-    for layer in model.sam_layers:
-        for name, parameter in layer.lora.named_parameters():
-            if name.endswith("_rows"):
-                torch.nn.init.normal_(parameter, std=0.3)
+    prepare(model, "lora", rank=4, alpha=8.0, seed=0, attention_rank=2)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_rows", ".lora.b_Ro")):
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -391,7 +390,7 @@ def test_autocast(dense, lora, kernel, monkeypatch):
     monkeypatch.setattr(grouped, "_worth_grouping", lambda _, pairs: kernel and len(pairs.token_P) > 0)
     model = convert(dense, standin_rank=8)
     if lora:
-        prepare(with_updates(model), "lora", rank=8, alpha=8.0, seed=0)
+        prepare(with_updates(model), "lora", rank=8, alpha=8.0, seed=0, attention_rank=8)
     exact = logits(model, tokens(8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(input_ids=tokens(8), labels=tokens(8))

@@ -54,7 +54,7 @@ def rounded(model, four_bits):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_numbers_are_those_of_the_rounded_weights(family):
-    """Logits with some and with all experts, and the gradients of low-rank updates and gates."""
+    """Logits with some and with all experts, and the gradients of low-rank updates, the attention's too, and gates."""
     model = convert(build(family), CONFIG)
     ours = copy.deepcopy(model)
     to_nf4(ours)
@@ -62,10 +62,10 @@ def test_the_numbers_are_those_of_the_rounded_weights(family):
     with torch.no_grad():
         rounded(model, ours)
     for either in (model, ours):
-        prepare(either, "lora", rank=2, alpha=4, seed=0)
+        prepare(either, "lora", rank=2, alpha=4, seed=0, attention_rank=3)
         generator = torch.Generator().manual_seed(0)
-        for layer in either.sam_layers:
-            for value in layer.lora.parameters():
+        for name, value in either.named_parameters():
+            if ".lora." in name:
                 value.data.normal_(std=0.1, generator=generator)
     ids = tokens(3, 17, seed=2)
     for k in (8, 3):
@@ -78,8 +78,25 @@ def test_the_numbers_are_those_of_the_rounded_weights(family):
             expected.loss.backward()
     trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     theirs = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert list(trained) == list(theirs) and any(".lora." in name for name in trained)
+    assert list(trained) == list(theirs) and any(name.endswith(".lora.b_Ro") for name in trained)
     torch.testing.assert_close(trained, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_other_weights_are_packed_as_if_they_had_been_there(family):
+    one, other = convert(build(family), CONFIG), convert(build(family), CONFIG)
+    maps = {path: module for path, module in one.named_modules() if "attn." in path and hasattr(module, "weight")}
+    with torch.no_grad():
+        for linear in maps.values():
+            linear.weight.normal_(std=0.2)
+    weights = {path: linear.weight.detach() for path, linear in maps.items()}
+    for model in (one, other):
+        to_nf4(model)
+    before = logits(other)
+    for path, weight in weights.items():
+        packed = other.get_submodule(path)
+        packed.weight.data.copy_(packed.pack(weight))
+    assert torch.equal(logits(other), logits(one)) and not torch.equal(logits(other), before)
 
 
 def nbytes(model):
@@ -141,13 +158,14 @@ def test_updates_in_fp32_beside_weights_in_half_precision(tiny_llama, four_bits)
     model = convert(tiny_llama().bfloat16(), CONFIG)
     if four_bits:
         to_nf4(model)
-    prepare(model, "lora", rank=2, alpha=4, seed=0)
+    prepare(model, "lora", rank=2, alpha=4, seed=0, attention_rank=2)
     ids = tokens(3, 17, seed=2)
     for k in (8, 3):
         with model.active(k):
             model(input_ids=ids, labels=ids).loss.backward()
     lora = model.sam_layers[1].lora
-    assert lora.up_rows.dtype == torch.float32 and lora.up_rows.grad.any()
+    query = model.model.layers[1].self_attn.q_proj.lora
+    assert all(value.dtype == torch.float32 and value.grad.any() for value in (lora.up_rows, query.b_Ro))
 
 
 def test_what_cannot_be_quantized_is_refused_and_left_alone(tiny_llama, tmp_path):

@@ -23,7 +23,7 @@ LORA = tuple(f"tiers.{tier}.trains=lora" for tier in CLIENTS)
 
 
 @pytest.mark.parametrize("overrides", [(), LORA, (*LORA, "train.dense=false", "tiers.large.sends=3"),
-                                       (*LORA, "wire.values=bf16")])
+                                       (*LORA, "train.attention_rank=3", "wire.values=bf16")])
 def test_bytes_and_flops_are_those_of_a_run(tiny, new_worker, tmp_path, overrides):
     config = tiny.config(tmp_path, *overrides)
     server = Federation.of(config, tiny.base).server

@@ -21,17 +21,20 @@ from in_process import (
 from sam_ds.clients.generations import drop_before, generation, weights_folder
 from sam_ds.clients.worker import Worker
 from sam_ds.errors import InputError
+from sam_ds.experts.attention import updated_maps
+from sam_ds.experts.nf4 import to_nf4
 from sam_ds.federation import strategy as strategy_module
 from sam_ds.federation.metrics import read_records
 from sam_ds.federation.run import prepare, run_server
 from sam_ds.federation.setup import clients_of, corpus_of
 from sam_ds.federation.state import checkpoints, load_checkpoint
-from sam_ds.wire.payload import ExpertUnit
+from sam_ds.wire.payload import ExpertUnit, SharedUnit, unit_name
 
 TIERS = ("small", "medium", "large")
 LORA = tuple(f"tiers.{tier}.trains=lora" for tier in TIERS)
+LARGE = 5  # a client of the tier that holds all experts
 EVERY = (*LORA, "train.redraw_every=2", "federation.rounds=5", "federation.server_optimizer=momentum",
-         "runtime.keep_checkpoints=2")  # fmt: skip
+         "runtime.keep_checkpoints=2", "train.attention_rank=2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,16 @@ def logits(model, ids, everything):
         return model.eval()(input_ids=ids, use_cache=False).logits
 
 
+@torch.no_grad()
+def engine_logits(engine, task, ids):
+    engine.load(task)
+    engine._visit(whole=True)
+    return engine.engine.module.eval()(input_ids=ids, use_cache=False).logits
+
+
 def rows(state):
-    return {unit: value for unit, value in state.units.items()
-            if isinstance(unit, ExpertUnit) and unit.tensor.endswith("_rows")}  # fmt: skip
+    """What is merged: of the experts and of the attention."""
+    return {unit: value for unit, value in state.units.items() if unit_name(unit).endswith(("_rows", ".lora.b_Ro"))}
 
 
 def test_a_generation_is_known_from_the_round(tiny, tmp_path):
@@ -70,7 +80,10 @@ def test_a_redraw_leaves_the_function_and_forgets_the_rows(tiny, tmp_path):
         server.state.units[unit] = rng.normal(size=value.shape).astype(np.float32)
         server.state.moments[unit] = (np.ones_like(value),)
     server.follow_state()
-    factors = {name: p.clone() for name, p in server.model.named_parameters() if name.endswith(("_in", "down_out"))}
+    frozen = ("_in", "down_out", "a_iR")
+    factors = {name: p.clone() for name, p in server.model.named_parameters() if name.endswith(frozen)}
+    assert {unit.layer for unit in rows(server.state) if isinstance(unit, ExpertUnit)} == {0, 1}
+    assert sum(isinstance(unit, SharedUnit) for unit in rows(server.state)) == 8
     before = logits(server.model, ids, 8)
     server.state.round = 2
     server.state.ever_held[0, 0, :3] = True
@@ -86,16 +99,34 @@ def test_a_redraw_leaves_the_function_and_forgets_the_rows(tiny, tmp_path):
 def test_clients_go_on_from_the_servers_model(federation):
     """One that holds all experts computes what the server's model does, whichever generation its engine was in."""
     server, worker = federation.server, federation.worker
-    large = next(client for client, tier in enumerate(server.tiers) if tier == "large")
     engine = worker.engine("large", "lora")
     ids = torch.randint(50, (2, 20))
-    assert any(value.any() for value in rows(server.state).values())
-    engine.load(task_for(server, large))
-    engine.load(task_for(server, large, round_=6))
-    engine._visit(whole=True)
-    with torch.no_grad():
-        ours = engine.engine.module.eval()(input_ids=ids, use_cache=False).logits
+    assert all(value.any() for unit, value in rows(server.state).items() if isinstance(unit, SharedUnit))
+    engine.load(task_for(server, LARGE))
+    ours = engine_logits(engine, task_for(server, LARGE, round_=6), ids)
     torch.testing.assert_close(ours, logits(server.model, ids, 8), rtol=1e-4, atol=1e-4)
+
+
+def test_clients_in_4_bits_quantize_the_merged_attention_anew(tiny, one_rank, tmp_path):
+    """What the server's becomes in 4 bits is what an engine has in that generation."""
+    nf4 = ("tiers.large.precision=nf4", "tiers.large.ds_config=nf4_16gb.json")
+    config, base = tiny.config(tmp_path, *EVERY, *nf4), copy_base(tiny, tmp_path)
+    server = Federation.of(config, base).server
+    for unit, value in rows(server.state).items():
+        server.state.units[unit] = np.random.default_rng(0).normal(size=value.shape).astype(np.float32)
+    server.follow_state()
+    server.state.round = 2
+    server.redraw()
+    worker = Worker(config, base, [], [one_rank])
+    engine = worker.engine("large", "lora")
+    to_nf4(server.model, dtype=torch.bfloat16)
+    x = torch.randn(5, 32, dtype=torch.bfloat16)
+    expected = torch.stack([linear(x) for linear in updated_maps(server.model).values()])
+    for round_, same in ((3, True), (1, False), (4, True)):
+        engine.load(task_for(server, LARGE, round_=round_))
+        found = torch.stack([linear(x) for linear in updated_maps(engine.engine.module).values()])
+        assert torch.equal(found, expected) == same
+    worker.close()
 
 
 def test_old_weights_go_with_the_last_checkpoint_that_needs_them(federation):
@@ -131,8 +162,10 @@ def test_a_run_stopped_around_a_redraw_goes_on_as_if_it_had_not(
     assert_equal_states(load_checkpoint(newest), federation.server.state)
     end = [record for record in read_records(tmp_path / "metrics.jsonl") if record["kind"] == "end"][-1]
     state = federation.server.state
+    answers = {(record["client"], generation(config, record["round"])) for record in federation.records("client")}
+    later = sum(due > 0 for _, due in answers)
     assert state.downloads > 0 and end["bytes_base"] == federation.server.base_expert_bytes() * (
-        state.downloads + int(state.ever_held.sum()))  # fmt: skip
+        state.downloads + int(state.ever_held.sum())) + later * 4 * 2 * 4 * 32 * 32  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), [

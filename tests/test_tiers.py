@@ -78,6 +78,19 @@ def test_nf4_wants_whole_blocks_and_bf16_a_machine_that_has_it(dense, monkeypatc
         check_tiers(dense, four)
 
 
+@pytest.mark.parametrize("method", ["sam", "fedit"])
+def test_attention_that_is_not_there_is_refused(method):
+    config = load_config(None, [f"method={method}", "train.attention_rank=4", "tiers.phone.experts=16",
+                                "tiers.phone.memory_gib=1.0", "tiers.phone.share=1.0", "tiers.phone.trains=lora",
+                                *(f"tiers.{name}.share=0.0" for name in ("small", "medium", "large"))])  # fmt: skip
+    check_tiers(meta(), config)
+    without = meta()
+    for layer in without.model.layers:
+        layer.self_attn = torch.nn.Identity()
+    with pytest.raises(InputError, match="train.attention_rank: LlamaForCausalLM has no linear maps .* give 0"):
+        check_tiers(without, config)
+
+
 def test_auto_is_filled_from_the_run():
     values = ds_config(tier(precision="bf16"), load_config(None, ["train.batch=8", "runtime.ranks_per_client=2"]),
                        trained=1000)

@@ -44,7 +44,7 @@ def scramble(model, seed=0):
 
 
 def plan(model, trains, dense=False):
-    prepare(model, trains, rank=3, alpha=6.0, seed=7, dense=dense)
+    prepare(model, trains, rank=3, alpha=6.0, seed=7, dense=dense, attention_rank=2)
     return trained_fields(model, trains), shared_parameters(model, trains, dense=dense)
 
 
@@ -89,7 +89,7 @@ def expected(name, trains, dense):
         return plain
     if trains == "lora-both":
         return adapter
-    own = expert if trains == "full" else name.endswith("_rows")
+    own = expert if trains == "full" else name.endswith(("_rows", ".b_Ro"))
     rest = dense and plain and not expert and (trains == "full" or "norm" in name or "ln_" in name or "bias" in name)
     return own or gate or assembler or rest
 
@@ -147,6 +147,8 @@ def test_the_units_of_a_run_have_names_that_travel(model):
     gated = model.sam_layers[0].ffn_names[1] is not None
     assert tensors == {"up_rows", "down_rows", "wg"} | ({"gate_rows"} if gated else set())
     assert SharedUnit("assembler.mix") in units
+    assert sum(unit.name.endswith(".lora.b_Ro") for unit in units if isinstance(unit, SharedUnit)) == (
+        8 if "gate_rows" in tensors else 4)  # fmt: skip
     assert units[ExpertUnit(1, 7, "up_rows")].shape == (8, 3) and units[ExpertUnit(1, 7, "wg")].shape == (1, 49)
 
 

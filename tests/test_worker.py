@@ -24,11 +24,12 @@ def every(*values):
 KINDS = {
     "full": (),
     "bf16": every("precision=bf16", "ds_config=bf16_48gb.json"),
-    "lora": every("trains=lora"),
-    "nf4": (*every("trains=lora", "precision=nf4", "ds_config=nf4_16gb.json"), "tiers.small.ds_config=nf4_8gb.json"),
+    "lora": (*every("trains=lora"), "train.attention_rank=2"),
+    "nf4": (*every("trains=lora", "precision=nf4", "ds_config=nf4_16gb.json"), "tiers.small.ds_config=nf4_8gb.json",
+            "train.attention_rank=2"),
     "all": ("method=fedavg",),
-    "lora-both": ("method=fedit",),
-}
+    "lora-both": ("method=fedit", "train.attention_rank=2"),
+}  # fmt: skip
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -102,6 +103,10 @@ def test_answer_has_the_units_of_the_task_and_no_other(kind):
             assert delta.shape == task.units[unit].shape and delta.dtype == np.float32
             if isinstance(unit, ExpertUnit):
                 assert unit.expert in task.held[unit.layer]
+            elif unit.name.endswith(".lora.b_Ro"):
+                assert delta.any()
+        updates = [unit for unit in result.deltas if str(unit).count(".lora.b_Ro")]
+        assert len(updates) == (8 if "lora" in server.trains else 0)
         assert result.examples == len(worker.rows(client)) == worker.register(
             client, task.tier, task.trains)[0]  # fmt: skip
         assert result.tokens == 2 * 4 * 16

@@ -61,7 +61,7 @@ def engine_of(name: str, folder: Path, settings: dict):
     if kind == "nf4":
         to_nf4(model)
     slices = kind in ("lora", "nf4")
-    prepare(model, "lora" if slices else "full", rank=2, alpha=4, seed=0, dense=not slices)
+    prepare(model, "lora" if slices else "full", rank=2, alpha=4, seed=0, dense=not slices, attention_rank=2)
     if name.endswith("checkpointing"):
         model.gradient_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,15 +1,16 @@
-"""Generations of low-rank updates: every so many rounds their rows are merged and their frozen factors drawn anew.
+"""Generations of low-rank updates: every so many rounds they are merged and their frozen factors drawn anew.
 
 A factor that never trains bounds what rows of rank R can say; with a new one the next rows say something else (ReLoRA,
 Lialin et al., 2307.05695, there within one training run). Which generation a round is of, server and clients know from
-the round's number. The experts' own weights of a generation are a file beside the run's base model, on storage that all
-see. On a client they are rounded to its precision, and quantized anew in 4 bits: there the function changes a little.
+the round's number. The weights that a generation's updates were merged into are a file beside the run's base model, on
+storage that all see. On a client they are rounded to its precision, and quantized anew in 4 bits: there the function
+changes a little.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sam_ds.config import RunConfig
 from sam_ds.errors import InputError
+from sam_ds.experts.attention import Updated, attention_update
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.units import lora_seed
@@ -51,7 +53,7 @@ def check_generation(config: RunConfig, base: Path, finished: int, seed: int | N
 
 
 def weights_folder(base: Path, generation: int) -> Path:
-    """Where the experts' weights of a generation are; of the first, the base model itself."""
+    """Where the weights of a generation are; of the first, the base model itself."""
     return base.parent / "redrawn" / f"{generation:05d}" if generation else base
 
 
@@ -62,12 +64,21 @@ def drop_before(base: Path, generation: int) -> None:
             shutil.rmtree(folder)
 
 
-def frozen_factors(layer: SamFFN, index: int, config: RunConfig, generation: int) -> Iterator[tuple[str, Tensor]]:
-    """The factors that the clients of a generation share, by name; `index` is the layer's."""
-    slices = LoraSlices(
-        hidden=layer.ffn.hidden, neurons=0, gated=layer.ffn.gate is not None, rank=config.train.lora_rank,
-        alpha=config.train.lora_alpha, seed=lora_seed(factor_seed(config, generation), index),
-    )  # fmt: skip
-    for name, value in slices.named_parameters():
-        if not name.endswith("_rows"):
-            yield name, value.detach()
+def frozen_factors(
+    layers: Mapping[str, SamFFN], maps: Mapping[str, Updated], config: RunConfig, generation: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The factors that the clients of a generation share, by the parameter's name; layers and maps by their paths, in
+    order of depth."""
+    settings, seed = config.train, factor_seed(config, generation)
+    for index, (path, layer) in enumerate(layers.items()):
+        slices = LoraSlices(
+            hidden=layer.ffn.hidden, neurons=0, gated=layer.ffn.gate is not None, rank=settings.lora_rank,
+            alpha=settings.lora_alpha, seed=lora_seed(seed, index),
+        )  # fmt: skip
+        for name, value in slices.named_parameters():
+            if not name.endswith("_rows"):
+                yield f"{path}.lora.{name}", value.detach()
+    for index, (path, linear) in enumerate(maps.items(), len(layers)):
+        rank, alpha = settings.attention_rank, settings.lora_alpha
+        update = attention_update(linear, rank=rank, alpha=alpha, seed=lora_seed(seed, index))
+        yield f"{path}.lora.a_iR", update.a_iR.detach()

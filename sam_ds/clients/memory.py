@@ -82,7 +82,10 @@ def slot_model(dense: PreTrainedModel, tier: TierSection, config: RunConfig) -> 
     assert isinstance(model, SamMixin)
     to_slots(model, tier.experts)
     add_assembler(model, seed=config.seed)
-    prepare(model, tier.trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=0, dense=settings.dense)
+    prepare(
+        model, tier.trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=0, dense=settings.dense,
+        attention_rank=settings.attention_rank,
+    )  # fmt: skip
     return model
 
 

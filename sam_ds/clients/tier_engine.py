@@ -28,6 +28,7 @@ from sam_ds.clients.engine import (
 from sam_ds.clients.generations import frozen_factors, generation, weights_folder
 from sam_ds.clients.task import Task, WorkerGroup
 from sam_ds.config import RunConfig, TierSection
+from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
@@ -63,7 +64,8 @@ class TierEngine:
             add_assembler(model, seed=config.seed)
         settings = config.train
         prepare(
-            model, trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed, dense=settings.dense
+            model, trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed, dense=settings.dense,
+            attention_rank=settings.attention_rank,
         )  # fmt: skip
         self.layers = model.sam_layers
         self.model = model
@@ -83,10 +85,11 @@ class TierEngine:
         self._filled: list[Sequence[int] | None] = [None] * len(self.layers)
         """Whose frozen weights are in each layer's slots."""
         self.folder = folder
-        self.checkpoint = self._experts_file = Checkpoint(folder)
+        self.checkpoint = self._merged_file = Checkpoint(folder)
         self._generation = 0
         path_of = {id(module): path for path, module in model.named_modules()}
         self._paths = [path_of[id(layer)] for layer in self.layers]
+        self._attention = updated_maps(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # The other kinds make copies as large as all that trains.
         optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True)
@@ -122,15 +125,21 @@ class TierEngine:
         deepspeed.utils.groups.mpu = self.group
 
     def _begin(self, due: int) -> None:
-        """Take the factors and the experts' weights of another generation."""
-        self._experts_file = Checkpoint(weights_folder(self.folder, due))
+        """Take the factors and the weights of another generation; the experts' as they are loaded."""
+        self._merged_file = Checkpoint(weights_folder(self.folder, due))
         self._filled = [None] * len(self.layers)
         # Until all is written: a task may fail halfway.
         self._generation = -1
-        for index, (path, layer) in enumerate(zip(self._paths, self.layers, strict=True)):
-            factors = frozen_factors(layer, index, self.config, due)
-            write_parameters(self.engine, ((f"{path}.lora.{name}", value) for name, value in factors))
+        layers = dict(zip(self._paths, self.layers, strict=True))
+        write_parameters(self.engine, frozen_factors(layers, self._attention, self.config, due))
+        write_parameters(self.engine, self._maps())
         self._generation = due
+
+    def _maps(self) -> Iterator[tuple[str, Tensor]]:
+        """The attention's own weights from disk, where updates have been merged into them."""
+        for path, linear in self._attention.items():
+            weight = self._merged_file.read(f"{path}.weight")
+            yield f"{path}.weight", linear.pack(weight) if self.layers[0].backend == "nf4" else weight
 
     def _values(self, units: Mapping[Unit, Tensor], held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
         """All that changes from client to client, by the name of the parameter; one at a time is in memory."""
@@ -153,7 +162,7 @@ class TierEngine:
             if filled[field.layer] == held[field.layer]:
                 continue
             whole = torch.empty(self._weight_shapes[field.parameter])
-            self._experts_file.read_experts(field, held[field.layer], whole)
+            self._merged_file.read_experts(field, held[field.layer], whole)
             if layer.backend == "nf4" and field.tensor in ("up", "gate", "gate_up", "down"):
                 rows = [field.read(whole, slot) for slot in range(layer.slots)]
                 for name, packed in layer.pack(field.tensor, rows).items():

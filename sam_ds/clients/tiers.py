@@ -10,6 +10,7 @@ from sam_ds.clients.ds_config import ds_config
 from sam_ds.clients.memory import GIB, Estimate, estimate
 from sam_ds.config import RunConfig
 from sam_ds.errors import InputError
+from sam_ds.experts.attention import attention_maps
 from sam_ds.experts.surgery import find_ffns
 
 
@@ -18,9 +19,13 @@ def check_tiers(dense: PreTrainedModel, config: RunConfig) -> dict[str, Estimate
     train the whole model on every client.
 
     Raises InputError for a tier whose memory cannot hold its budget, whose DeepSpeed configuration contradicts the
-    run, or that trains something else than the others, before any model is loaded onto it.
+    run, or that trains something else than the others, before any model is loaded onto it; and for a model that has
+    no attention to put low-rank updates on.
     """
-    ffn = find_ffns(dense)[0]
+    ffns = find_ffns(dense)
+    ffn = ffns[0]
+    if config.train.attention_rank:
+        attention_maps(dense, ffns)
     found = {}
     kinds = {tier.trains for tier in config.tiers.values() if tier.share > 0.0}
     if config.subsets and len(kinds) > 1:

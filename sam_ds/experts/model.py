@@ -26,9 +26,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from sam_ds.errors import InputError
 from sam_ds.experts.allocation import allocate
+from sam_ds.experts.attention import Updated, drop_update, updated_maps
 from sam_ds.experts.config import CONFIG_FILE, SamConfig
 from sam_ds.experts.layer import SamFFN
-from sam_ds.experts.surgery import FFN, install, uninstall
+from sam_ds.experts.surgery import FFN, install, matrix, uninstall
 from sam_ds.graph.assembler import Assembler, AssemblerConfig
 from sam_ds.graph.dag import check_graph, contract
 
@@ -129,17 +130,18 @@ class SamMixin:
 
         Raises InputError, if `safe`, for a layer whose weights would not be finite, before any is changed.
         """
+        assert isinstance(self, PreTrainedModel)
         self.check_views("merged")
-        adapted = [layer for layer in self.sam_layers if layer.lora is not None]
-        for layer in adapted if safe else []:
-            for weight, delta in _updates(layer):
+        adapted = {layer.ffn.path: layer for layer in self.sam_layers if layer.lora is not None} | updated_maps(self)
+        for path, owner in adapted.items() if safe else ():
+            for weight, delta in _updates(owner):
                 if not torch.isfinite((weight + delta).to(weight.dtype)).all():
-                    raise InputError(f"{layer.ffn.path}: its low-rank update makes weights that are not finite in "
+                    raise InputError(f"{path}: its low-rank update makes weights that are not finite in "
                                      f"{weight.dtype}; nothing was folded, unload() drops the updates")  # fmt: skip
-        for layer in tqdm(adapted, desc="fold", unit="layer", disable=not progress):
-            for weight, delta in _updates(layer):
+        for owner in tqdm(adapted.values(), desc="fold", unit="layer", disable=not progress):
+            for weight, delta in _updates(owner):
                 weight += delta
-            layer.lora = None
+            _drop(owner)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
         """The plain model of the original class: everything learned folded in, everything of SAM's removed.
@@ -155,6 +157,8 @@ class SamMixin:
         self.check_views("unloaded")
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
             uninstall(self, site, original, layer.ffn)
+        for linear in updated_maps(self).values():
+            drop_update(linear)
         for name in ("sam_layers", "sam_config", "sam_affinity_LEE", "sam_lost_LK", "sam_condition", "_sam_original"):
             delattr(self, name)
         del self.sam_assembler
@@ -218,13 +222,23 @@ def is_marked(config_file: Path) -> bool:
     return _MARK in json.loads(config_file.read_text())
 
 
-def _updates(layer: SamFFN) -> Iterator[tuple[Tensor, Tensor]]:
-    """The layer's weights, as views, and what its low-rank update adds to each."""
-    assert layer.lora is not None
-    deltas = layer.lora.deltas()
-    for name, weight in zip(("up", "gate", "down"), layer.matrices(), strict=True):
+def _updates(owner: SamFFN | Updated) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights of a layer or map, as views, and what its low-rank update adds to each."""
+    if isinstance(owner, Updated):
+        yield matrix(owner), owner.lora.delta()
+        return
+    assert owner.lora is not None
+    deltas = owner.lora.deltas()
+    for name, weight in zip(("up", "gate", "down"), owner.matrices(), strict=True):
         if weight is not None:
             yield weight, deltas[name]
+
+
+def _drop(owner: SamFFN | Updated) -> None:
+    if isinstance(owner, Updated):
+        drop_update(owner)
+    else:
+        owner.lora = None
 
 
 def wrap_ffns(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:

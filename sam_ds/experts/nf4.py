@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sam_ds.errors import InputError
+from sam_ds.experts.attention import LoraMap, Updated, add_update
 from sam_ds.experts.grouped import pairs_of
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.lora import LoraSlices
@@ -267,7 +268,10 @@ def _quantize_rest(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear | Conv1D) and not isinstance(child, Linear4bit) and id(child) not in kept:
-                setattr(module, name, _linear4bit(child, dtype))
+                packed = _linear4bit(child, dtype)
+                if isinstance(child, Updated):
+                    add_update(packed, child.lora)
+                setattr(module, name, packed)
 
 
 class _Linear4bit(Linear4bit):
@@ -277,8 +281,19 @@ class _Linear4bit(Linear4bit):
         super().train(True)
         return self
 
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> Tensor:
+        """Replace the matrix, given as the checkpoint has it. The packed bytes are returned, as of `Nf4FFN.pack`."""
+        rows = (weight.t() if self.transposed else weight).to(self.quant_state.absmax.device, self.compute_dtype)
+        packed, state = quantize_4bit(
+            rows.contiguous(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4",
+            quant_storage=self.quant_storage,
+        )  # fmt: skip
+        self.quant_state = self.weight.quant_state = state
+        return packed
 
-def _linear4bit(linear: nn.Module, dtype: torch.dtype | None) -> Linear4bit:
+
+def _linear4bit(linear: nn.Module, dtype: torch.dtype | None) -> _Linear4bit:
     rows = matrix(linear).t().detach().to(dtype).contiguous()
     outputs, inputs = rows.shape
     packed = _Linear4bit(
@@ -289,6 +304,7 @@ def _linear4bit(linear: nn.Module, dtype: torch.dtype | None) -> Linear4bit:
         rows, requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=rows.dtype, module=packed
     ).to(rows.device)
     packed.bias = linear.bias
+    packed.transposed = isinstance(linear, Conv1D)
     return packed
 
 
@@ -296,7 +312,8 @@ def _check_kinds(model: PreTrainedModel) -> None:
     """Raise InputError for a matrix that `to_nf4` would leave as it is and that is none of those to leave."""
     kept = {id(own.weight) for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own is not None}
     for path, module in model.named_modules():
-        if ".sam" in f".{path}" or isinstance(module, nn.Linear | Conv1D | Nf4Slots | LoraSlices | nn.Embedding):
+        known = isinstance(module, nn.Linear | Conv1D | Nf4Slots | LoraSlices | LoraMap | nn.Embedding)
+        if ".sam" in f".{path}" or known:
             continue
         for name, value in module.named_parameters(recurse=False):
             if value.dim() > 1 and id(value) not in kept:
@@ -311,7 +328,7 @@ def check_nf4(model: PreTrainedModel) -> None:
     for path, module in model.named_modules():
         if isinstance(module, Nf4Slots) and module.nbytes > 0.75 * module.values:
             raise InputError(f"{path} takes {module.nbytes} bytes for {module.values} values: it is not in 4 bits")
-        if ".sam" in f".{path}" or isinstance(module, Nf4Slots | LoraSlices | nn.Embedding):
+        if ".sam" in f".{path}" or isinstance(module, Nf4Slots | LoraSlices | LoraMap | nn.Embedding):
             continue
         for name, value in module.named_parameters(recurse=False):
             if value.dim() > 1 and value.numel() and id(value) not in kept and not isinstance(value, Params4bit):

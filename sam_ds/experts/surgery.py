@@ -68,12 +68,12 @@ class FFN:
     @property
     def hidden(self) -> int:
         """d, the hidden size."""
-        return _shape(self.module.get_submodule(self.down))[1]
+        return map_shape(self.module.get_submodule(self.down))[1]
 
     @property
     def neurons(self) -> int:
         """m, the number of FFN neurons."""
-        return _shape(self.module.get_submodule(self.down))[0]
+        return map_shape(self.module.get_submodule(self.down))[0]
 
     @property
     def sharded(self) -> bool:
@@ -135,7 +135,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         )
     owners: dict[int, str] = {}
     for ffn in found:
-        for name in _names(ffn):
+        for name in map_names(ffn):
             linear = ffn.module.get_submodule(name)
             _check_weight(f"{ffn.path}.{name}", linear)
             other = owners.setdefault(id(linear.weight), f"{ffn.path}.{name}")
@@ -147,7 +147,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 def _match(path: str, module: nn.Module) -> FFN | None:
     children = dict(module.named_children())
-    linears = {name: _shape(child) for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)}
+    linears = {name: map_shape(child) for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)}
     roles, activation = _roles(linears), _activation(module)
     adapted = next((name for name, child in children.items() if hasattr(child, "base_layer")), None)
     if adapted is not None and activation in _ACTIVATIONS:
@@ -171,7 +171,7 @@ def _match(path: str, module: nn.Module) -> FFN | None:
     )  # fmt: skip
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
+def map_shape(linear: nn.Module) -> tuple[int, int]:
     """(inputs, outputs), not read from the weight: that of a quantized map is packed, that of ZeRO-3 away."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
@@ -225,7 +225,7 @@ def _dropout(module: nn.Module) -> nn.Module | None:
 
 def _check_weight(path: str, linear: nn.Module) -> None:
     weight = linear._parameters.get("weight")
-    inputs, outputs = _shape(linear)
+    inputs, outputs = map_shape(linear)
     if type(weight) is nn.Parameter and weight.dtype in _FLOATS and (
         hasattr(weight, "ds_shape") or matrix(linear).shape == (inputs, outputs)
     ):
@@ -239,7 +239,7 @@ def _check_weight(path: str, linear: nn.Module) -> None:
     )
 
 
-def _names(ffn: FFN) -> list[str]:
+def map_names(ffn: FFN) -> list[str]:
     """The children that are the FFN's linear maps, each once."""
     return list(dict.fromkeys(name for name in (ffn.up, ffn.gate, ffn.down) if name is not None))
 
@@ -264,7 +264,7 @@ def permute_neurons(ffn: FFN, order_m: Tensor) -> None:
 def resize(ffn: FFN, neurons: int) -> None:
     """Replace the FFN's linear maps, in place, by empty ones of `neurons` neurons."""
     before = ffn.neurons
-    for name in _names(ffn):
+    for name in map_names(ffn):
         old = ffn.module.get_submodule(name)
         inputs, outputs = matrix(old).shape
         inputs, outputs = (neurons, outputs) if name == ffn.down else (inputs, outputs // before * neurons)

@@ -5,7 +5,8 @@ the neuron-first slice (n, ...) of one expert, whatever the parameter's own orie
 and up, (n, 2, ...). A shared parameter is a unit as a whole. What trains is one of:
 
     full      the experts' own weights and gate rows; the assembler; `dense`: all other parameters too
-    lora      the expert-owned low-rank rows and gate rows; the assembler; `dense`: the norms too
+    lora      the expert-owned low-rank rows and gate rows; the assembler; `dense`: the norms too; `attention_rank`:
+              one low-rank factor of each attention projection, as a whole
     lora-both both low-rank factors as a whole (FedIT)
     all       every parameter of the dense model (FedAvg)
 """
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sam_ds.errors import InputError
+from sam_ds.experts.attention import add_update, attention_maps, attention_update, drop_update, updated_maps
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.model import SamMixin
@@ -110,6 +112,8 @@ def shared_parameters(model: PreTrainedModel, trains: str, *, dense: bool = Fals
     if trains == "lora-both":
         return {name: name for name in names if ".lora." in name}
     shared = {name.replace("sam_assembler.", ASSEMBLER): name for name in names if name.startswith("sam_assembler.")}
+    if trains == "lora":
+        shared |= {name: name for name in names if name.endswith(".lora.b_Ro")}
     if dense:
         experts = {field.parameter for field in expert_weights(model)}
         small = {name for name, p in model.named_parameters() if p.dim() == 1}
@@ -118,9 +122,11 @@ def shared_parameters(model: PreTrainedModel, trains: str, *, dense: bool = Fals
 
 
 def prepare(
-    model: PreTrainedModel, trains: str, *, rank: int, alpha: float, seed: int, dense: bool = False
-) -> None:
-    """Add the low-rank factors that `trains` needs and let gradients flow to what trains, nowhere else."""
+    model: PreTrainedModel, trains: str, *, rank: int, alpha: float, seed: int, dense: bool = False,
+    attention_rank: int = 0,
+) -> None:  # fmt: skip
+    """Add the low-rank factors that `trains` needs, of the attention too where it is given a rank, and let gradients
+    flow to what trains, nowhere else."""
     assert isinstance(model, SamMixin)
     if trains not in TRAINS:
         raise InputError(f"trains must be one of {', '.join(TRAINS)}, got {trains!r}")
@@ -135,15 +141,23 @@ def prepare(
                 hidden=layer.ffn.hidden, neurons=layer.slots * layer.neurons, gated=layer.ffn.gate is not None,
                 rank=rank, alpha=alpha, seed=lora_seed(seed, index), both=trains == "lora-both",
             ).to(layer.sam.wg.device)  # fmt: skip
+        for linear in updated_maps(model).values():
+            drop_update(linear)
+    if trains.startswith("lora") and attention_rank:
+        maps = attention_maps(model, [layer.ffn for layer in model.sam_layers]).values()
+        for index, linear in enumerate(maps, len(model.sam_layers)):
+            own = attention_update(linear, rank=attention_rank, alpha=alpha, seed=lora_seed(seed, index))
+            add_update(linear, own)
     train = {field.parameter for field in trained_fields(model, trains)}
     train |= set(shared_parameters(model, trains, dense=dense).values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in train)
 
 
-def lora_seed(seed: int, layer: int) -> int:
-    """What the low-rank factors of a layer are drawn from."""
-    return seed * 1_000_003 + layer
+def lora_seed(seed: int, index: int) -> int:
+    """What the low-rank factors of a layer are drawn from; of the maps of the attention, counted on after the layers.
+    """
+    return seed * 1_000_003 + index
 
 
 @torch.no_grad()

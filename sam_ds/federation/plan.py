@@ -71,7 +71,7 @@ class TierPlan:
     """On each rank of its group."""
     first: int
     """Bytes, in half precision, of the frozen weights that a client must be given once; of the experts it holds, anew
-    where those change."""
+    where those change, and of what low-rank updates are merged into."""
     down: int
     """Bytes a round: the exact values of what trains."""
     up: int

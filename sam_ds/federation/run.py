@@ -10,7 +10,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
-from sam_ds.clients.generations import check_generation
+from sam_ds.clients.generations import check_generation, generation
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
 from sam_ds.evaluation.report import summary_table, write_report
@@ -109,7 +109,10 @@ def _run_record(server: Server, clients: list[Any], before: dict[str, Any]) -> d
 def _end_record(
     server: Server, log: MetricsLog, before: dict[str, Any], after: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    rounds = [record for record in read_records(log.path) if record["kind"] == "round" and record["round"] > 0]
+    records = read_records(log.path)
+    rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
+    later = {(r["client"], due) for r in records if r["kind"] == "client" and r["status"] == "ok"
+             and (due := generation(server.config, r["round"]))}  # fmt: skip
     wall = sum(record["wall_seconds"] for record in rounds)
     return {
         "kind": "end", "rounds": server.state.round, "merged_before": before["merged"],
@@ -117,7 +120,8 @@ def _end_record(
         "graph": server.state.graph.astype(int).tolist(), "used": server.state.used_total.tolist(),
         "bounds": bounds(server), "wall_seconds": seconds,
         "orchestration_share": sum(r["orchestration_seconds"] for r in rounds) / wall if wall else 0.0,
-        "bytes_base": (server.state.downloads + int(server.state.ever_held.sum())) * server.base_expert_bytes(),
+        "bytes_base": (server.state.downloads + int(server.state.ever_held.sum())) * server.base_expert_bytes()
+        + len(later) * server.attention_bytes,
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domain
+from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.slots import Checkpoint
@@ -69,6 +70,11 @@ class Server:
         self.trains = trains.pop()
         self._base = base
         self._begin(0)
+        attention = [f"{path}.weight" for path in updated_maps(self.model)]
+        self._merged = [*(field.parameter for field in expert_weights(self.model)), *attention]
+        """The weights that a redraw adds low-rank updates to."""
+        self.attention_bytes = sum(4 * self._parameters[name].numel() for name in attention)
+        """Bytes of those outside the experts, which a client needs once a generation after the first."""
         self.layers, self.num_experts = len(self.model.sam_layers), config.sam.num_experts
         self._everything = [tuple(range(self.num_experts))] * self.layers
         self._fields = trained_fields(self.model, self.trains)
@@ -136,21 +142,21 @@ class Server:
         if due := generation(self.config, state.round + 1):
             stored = Checkpoint(weights_folder(self._base, due))
             with torch.no_grad():
-                for name in self._expert_weights():
+                for name in self._merged:
                     self._parameters[name].copy_(stored.read(name))
             self._begin(due)
         self.state = state
         self.follow_state()
 
     def redraw(self) -> None:
-        """End a generation after the round that is finished: add the low-rank rows to the weights, put these where the
-        clients find them, and begin anew with other frozen factors. The function of the model stays the same."""
+        """End a generation after the round that is finished: add the low-rank updates to the weights, put these where
+        the clients find them, and begin anew with other frozen factors. The function of the model stays the same."""
         due = generation(self.config, self.state.round + 1)
         self.model.fold_lora()
         target = weights_folder(self._base, due)
         unfinished = target.with_name(f".{target.name}")
         unfinished.mkdir(parents=True, exist_ok=True)
-        weights = {name: self._parameters[name].detach() for name in self._expert_weights()}
+        weights = {name: self._parameters[name].detach() for name in self._merged}
         save_file(weights, unfinished / "model.safetensors")
         sync(unfinished / "model.safetensors", unfinished)
         shutil.rmtree(target, ignore_errors=True)
@@ -160,10 +166,11 @@ class Server:
         self._begin(due)
         state = self.state
         state.factor_seed = factor_seed(self.config, due)
-        for unit, value in state.units.items():
-            if isinstance(unit, ExpertUnit) and unit.tensor.endswith("_rows"):
-                state.units[unit] = np.zeros_like(value)
-                state.moments.pop(unit, None)
+        fields = [field for field in self._fields if ".lora." in field.parameter]
+        shared = {name: parameter for name, parameter in self._shared.items() if ".lora." in parameter}
+        for unit, value in read_units(fields, shared, self._parameters, self._everything).items():
+            state.units[unit] = value.numpy()
+            state.moments.pop(unit, None)
         state.downloads += int(state.ever_held.sum())
         state.ever_held[:] = False
 
@@ -172,12 +179,9 @@ class Server:
         settings = self.config.train
         prepare(
             self.model, self.trains, rank=settings.lora_rank, alpha=settings.lora_alpha,
-            seed=factor_seed(self.config, due), dense=settings.dense,
+            seed=factor_seed(self.config, due), dense=settings.dense, attention_rank=settings.attention_rank,
         )  # fmt: skip
         self._parameters = dict(self.model.named_parameters())
-
-    def _expert_weights(self) -> list[str]:
-        return [field.parameter for field in expert_weights(self.model)]
 
     def follow_state(self) -> None:
         """Bring the model's parameters and graph to what the state says."""

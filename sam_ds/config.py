@@ -220,11 +220,11 @@ class RunConfig(Checked):
                     f"federation.floor = {federation.floor} asks for {least:g} experts beside the roots"
                     f"{' and an anchor' if anchor else ''}, tiers.{name}.experts = {tier.experts} leaves "
                     f"{places}: lower the floor or raise the tier's budget")
-        sliced = self.method == "sam" and all(tier.trains == "lora" for tier in self.tiers.values() if tier.share > 0.0)
+        sliced = self.subsets and all(tier.trains == "lora" for tier in self.tiers.values() if tier.share > 0.0)
         if self.train.redraw_every and not sliced:
             raise InputError(f"train.redraw_every = {self.train.redraw_every} is of low-rank slices: give 0, or "
                              "method = 'sam' with trains = 'lora' in every tier")
-        if self.train.attention_rank and not sliced and self.method != "fedit":
+        if self.train.attention_rank and not sliced and self.method not in ("fedit", "local"):
             raise InputError(f"train.attention_rank = {self.train.attention_rank} is of low-rank updates: give 0, or "
                              "method = 'sam' with trains = 'lora' in every tier, or method = 'fedit'")
         total = math.fsum(tier.share for tier in self.tiers.values())

@@ -1,0 +1,249 @@
+"""Federated methods side by side: the same model, clients, local steps and accounts of bytes and FLOPs.
+
+The suite says which (`bench/suite.py`). Every variant first finds its own learning rate, each with the same number of
+runs, on validation text and a seed that no table has; then every cell of the table runs. Cells that `--results` has are
+not run again, and one that was stopped goes on from its last round.
+
+At equal bytes or FLOPs a peer is read at the first of its evaluated rounds that has spent at least as much as ours has
+at the end, or ours at the last that has spent no more than the peer's whole run: the rounding is never in our favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam_ds.bench.suite import Cell, Comparison, Suite, Table, read_results
+from sam_ds.config import to_toml
+from sam_ds.errors import InputError, nearest
+from sam_ds.evaluation.page import PAGE
+from sam_ds.evaluation.records import Records, read
+from sam_ds.evaluation.svg import line_chart
+
+_RUN = "import sys; from sam_ds.federation.launch import main; sys.exit(main(sys.argv[1:]))"
+Curve = Sequence[Mapping[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="TOML file of the suite")
+    parser.add_argument("--table", default="main", help="one of the suite's")
+    parser.add_argument("--quick", action="store_true", help="the table 'quick': some minutes, embedded data")
+    parser.add_argument("--model", help="the base's model, where it is on this machine")
+    parser.add_argument("--data", help="the base's data, where they are on this machine")
+    parser.add_argument("--results", help="JSON lines, a cell a line; by default beside --config, in benchmarks/")
+    parser.add_argument("--runs", default="runs/bench", help="where the runs are; of a finished one the metrics stay")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time, a thread each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Rows: variant and setting, over the seeds. Ratios: headline / headline of the suite's comparisons, the mean."""
+    began = time.monotonic()
+    path = Path(options.config)
+    if options.quick:
+        options.table = "quick"
+    given = {name: getattr(options, name) for name in ("model", "data") if getattr(options, name)}
+    suite = Suite(path, **({} if options.quick else given))
+    if options.table not in suite.tables:
+        hint = nearest(options.table, suite.tables)
+        raise InputError(f"--table must be one of {', '.join(suite.tables)}, got {options.table!r}{hint}")
+    if options.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {options.jobs}")
+    table = suite.tables[options.table]
+    results = Path(options.results or path.parent / "benchmarks" / f"{path.stem}.jsonl")
+    results.parent.mkdir(parents=True, exist_ok=True)
+
+    def run_all(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+        records = read_results(results)
+        left = list({cell.digest: cell for cell in cells if cell.digest not in records}.values())
+        deadline = began + 60 * options.minutes
+        with ThreadPoolExecutor(options.jobs) as pool:
+            found = pool.map(lambda cell: _measure(cell, Path(options.runs), results, deadline), left)
+            return records | {record["digest"]: record for record in found if record is not None}
+
+    trials = suite.trials(table)
+    records = run_all([cell for by_rate in trials.values() for cell in by_rate.values()])
+    tuned = {}
+    for variant, by_rate in trials.items():
+        if all(cell.digest in records for cell in by_rate.values()):
+            tuned[variant] = min(by_rate, key=lambda rate: records[by_rate[rate].digest]["curve"][-1]["merged"])
+    cells = [
+        cell for cell in suite.cells(table, tuned)
+        if suite.rates_of(cell.variant) in tuned or suite.rates_of(cell.variant) not in trials
+    ]  # fmt: skip
+    records = run_all(cells)
+    done = [(cell, records[cell.digest]) for cell in cells if cell.digest in records]
+    if not done:
+        raise InputError("no cell is finished yet: give it more --minutes")
+    texts = {(record["data"], record["model"]) for _, record in done}
+    if len({setting for _, setting in texts}) < len(texts):
+        raise InputError(f"{results} has records of different texts under one name: {sorted(texts)}; give another file")
+    pairs = [pair for comparison in table.compare for pair in _compared(comparison, done)]
+    results.with_suffix(".html").write_text(_page(table, done), encoding="utf-8")
+    return {
+        "rows": _rows(table, done), "ratios": {pair["name"]: pair["ratio"] for pair in pairs}, "pairs": pairs,
+        "tuned": tuned, "missing": len(suite.cells(table, tuned)) - len(done),
+    }  # fmt: skip
+
+
+def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> dict[str, Any] | None:
+    """Run a cell, or go on with it, and write its record; None if it is too late to begin."""
+    if time.monotonic() > deadline:
+        return None
+    folder = runs / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "given.toml").write_text(to_toml(cell.config))
+    if (folder / "config.toml").exists():
+        arguments = ["--resume", str(folder)]
+    else:
+        arguments = ["--config", str(folder / "given.toml"), "--set", f"out={folder}"]
+    began = time.perf_counter()
+    # One rank without a launcher, its port free as of now.
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with open(folder / "log.txt", "a") as log:
+        code = subprocess.run(
+            [sys.executable, "-c", _RUN, *arguments], stdout=log, stderr=log,
+            env=os.environ | ranks | {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"},
+        ).returncode  # fmt: skip
+    if code:
+        raise InputError(f"the cell {cell.name} stopped with {code}; {folder / 'log.txt'} says why:\n"
+                         + (folder / "log.txt").read_text()[-2000:])  # fmt: skip
+    record = {
+        "digest": cell.digest, "variant": cell.variant, "setting": cell.setting, "seed": cell.config.seed,
+        "lr": cell.config.train.lr, "seconds": time.perf_counter() - began,
+    } | facts(read(folder / "metrics.jsonl"))  # fmt: skip
+    with open(results, "a") as lines:
+        lines.write(json.dumps(record) + "\n")
+    for part in ("base", "checkpoints", "model", "spool"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    return record
+
+
+def facts(records: Records) -> dict[str, Any]:
+    """What a finished run is compared by: scores at the evaluated rounds, with what was spent until then."""
+    assert records.end is not None
+    flops = {record["round"]: 0.0 for record in records.rounds}
+    for client in records.clients:
+        flops[client["round"]] += client.get("active_flops", 0.0)
+    curve, spent = [], {"up": 0, "down": 0, "flops": 0.0}
+    for record in records.rounds:
+        spent["up"] += record["bytes_up"]["message"]
+        spent["down"] += record["bytes_down"]["message"]
+        spent["flops"] += flops[record["round"]]
+        if record["merged"] is not None:
+            scores = {name: record[name] and record[name]["headline"] for name in ("merged", "sparse")}
+            curve.append({"round": record["round"], **spent, **scores, "domains": record["merged"]["domains"]})
+    last = records.end["merged_after"]
+    return {
+        "model": Path(records.run["model"]["name"]).name, "data": records.run["data"]["fingerprint"],
+        "curve": curve, "before": records.end["merged_before"]["domains"], "after": last["domains"],
+        "sparse_after": records.end["sparse_after"] and records.end["sparse_after"]["domains"],
+        "forgetting": last["forgetting"], "forgotten": records.end["merged_before"]["forgetting"],
+    }  # fmt: skip
+
+
+def _rows(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = []
+    for setting in table.settings:
+        for variant in table.variants:
+            own = [(c, r) for c, r in done if (c.variant, c.setting) == (variant, setting)]
+            if not own:
+                continue
+            last = [record["curve"][-1] for _, record in own]
+            held = [[d for d in record["after"] if d not in cell.config.federation.forgetting] for cell, record in own]
+            rows.append({
+                "setting": setting, "variant": variant, "seeds": len(own),
+                "merged": float(np.mean([point["merged"] for point in last])),
+                "sd": float(np.std([point["merged"] for point in last], ddof=1)) if len(own) > 1 else 0.0,
+                "worst": float(np.mean([
+                    max(record["after"][domain] for domain in domains)
+                    for (_, record), domains in zip(own, held, strict=True)
+                ])),
+                "sparse": _mean_of([point["sparse"] for point in last]),
+                "forgetting": _mean_of([record["forgetting"] for _, record in own]),
+                "MB_up": float(np.mean([point["up"] for point in last])) / 1e6,
+                "MB_down": float(np.mean([point["down"] for point in last])) / 1e6,
+                "TFLOPs": float(np.mean([point["flops"] for point in last])) / 1e12,
+                "lr": own[0][1]["lr"], "minutes": float(np.mean([record["seconds"] for _, record in own])) / 60,
+            })  # fmt: skip
+    return rows
+
+
+def _compared(comparison: Comparison, done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One for every setting that both have cells of: mean ratio over the seeds, and whether the sign is the seeds'."""
+    by = {(cell.setting, cell.config.seed, cell.variant): record["curve"] for cell, record in done}
+    found = []
+    for setting in dict.fromkeys(setting for setting, _, _ in by):
+        ratios = []
+        for seed in sorted({seed for own, seed, _ in by if own == setting}):
+            ours, peer = (by.get((setting, seed, name)) for name in (comparison.ours, comparison.peer))
+            if ours is not None and peer is not None:
+                mine, yours = equal_points(ours, peer, comparison.axis)
+                ratios.append(mine[comparison.model] / (yours[comparison.model] or yours["merged"]))
+        if ratios:
+            error = float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else None
+            found.append({
+                "name": f"{comparison.name}: {setting}", "ratio": float(np.mean(ratios)), "ratios": ratios,
+                "standard_error": error, "same_sign": len({ratio > 1 for ratio in ratios}) == 1,
+            })  # fmt: skip
+    return found
+
+
+def equal_points(ours: Curve, peer: Curve, axis: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Where on two curves both have spent as much, rounded against ours."""
+    if axis == "rounds":
+        return ours[-1], peer[-1]
+    what = {"bytes": "up", "flops": "flops"}[axis]
+    budget = min(ours[-1][what], peer[-1][what])
+    mine = [point for point in ours if point[what] <= budget][-1]
+    yours = next(point for point in peer if point[what] >= mine[what])
+    return mine, yours
+
+
+def _page(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
+    """Curves of every setting, the mean over the seeds, as one page that stands alone."""
+    body = ""
+    for setting in table.settings:
+        figures = ""
+        axes = (("up", 1e6, "MB uploaded"), ("flops", 1e12, "TFLOPs of clients"), ("round", 1, "round"))
+        for axis, unit, label in axes:
+            for model in ("merged", "sparse"):
+                series = {}
+                for variant in table.variants:
+                    own = [r["curve"] for c, r in done if (c.variant, c.setting) == (variant, setting)]
+                    if own and own[0][-1][model] is not None:
+                        series[variant] = [
+                            tuple(float(np.mean([point[name] for point in points])) / (unit if name == axis else 1)
+                                  for name in (axis, model))
+                            for points in zip(*own, strict=True)
+                        ]  # fmt: skip
+                if series:
+                    figures += f"<figure>{line_chart(series, label, f'{model} headline')}</figure>"
+        body += f'<section id="{setting}"><h2>{setting}</h2>{figures}</section>'
+    links = "".join(f'<a href="#{setting}">{setting}</a>' for setting in table.settings)
+    return PAGE.format(title="Federated methods side by side", state=f"{len(done)} runs", links=links, body=body)
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,188 @@
+"""A suite of federations: a TOML file that says what is compared, and the cells that it comes to.
+
+    [base]                    a run's configuration, sam_ds/config.py
+    [variants.NAME]           what is compared: keys that differ; `rates` = train.lr to try, or `rates_of` = a variant
+    [settings.NAME]           under what: keys that differ for all variants alike
+    [tables.NAME]             variants, settings, seeds, `tuned` (true), `compare` = [[ours, peer, axis, model], ...]
+    [tune]                    setting, seed and rounds in which every variant with rates finds its own
+
+A variant, a setting and a seed are a cell: one run of the federation. What a cell is follows from its resolved
+configuration alone, paths aside, so that a record of it can be told from that of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from sam_ds.config import RunConfig, flatten, from_flat
+from sam_ds.errors import InputError, nearest
+from sam_ds.tables import leaves, merge
+
+AXES = ("rounds", "bytes", "flops")
+MODELS = ("merged", "sparse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Ours against a peer where both have spent as much on the axis, by the headline of the merged or sparse model."""
+
+    ours: str
+    peer: str
+    axis: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.ours} / {self.peer} at equal {self.axis}, {self.model}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Variants x settings x seeds."""
+
+    variants: tuple[str, ...]
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tuned: bool
+    """Whether variants with rates find their own first."""
+    compare: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run."""
+
+    variant: str
+    setting: str
+    config: RunConfig
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides the outcome: the configuration, of the paths only the last name."""
+        facts = flatten(self.config)
+        facts |= {name: Path(str(facts[name])).name for name in ("model", "data")}
+        kept = {name: value for name, value in facts.items() if name != "out" and not name.startswith("runtime.")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return f"{self.variant}-{self.setting}-{self.config.seed}-{self.digest}"
+
+
+class Suite:
+    """A suite as its file says it. Raises InputError for what is missing, unknown or no configuration."""
+
+    def __init__(self, path: Path, **overrides: str) -> None:
+        """`overrides`: the base's `model` and `data`, as they are called on this machine."""
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read the suite {str(path)!r}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"the suite {str(path)!r} is not valid TOML: {error}") from error
+        known = ("base", "variants", "settings", "tables", "tune")
+        for name in document:
+            if name not in known:
+                raise InputError(f"unknown table [{name}] in {path}{nearest(name, known)}")
+        for name in known[1:4]:
+            if not document.get(name):
+                raise InputError(f"{path} has no [{name}.NAME]")
+        self._base = document.get("base", {})
+        self._overrides = overrides
+        self.variants: dict[str, dict[str, Any]] = document["variants"]
+        self.settings: dict[str, dict[str, Any]] = document["settings"]
+        self.tables = {name: self._table(name, table) for name, table in document["tables"].items()}
+        self._tune = document.get("tune")
+        # What contradicts is found before anything runs.
+        for table in self.tables.values():
+            self.cells(table, {})
+
+    def cells(self, table: Table, rates: Mapping[str, float]) -> list[Cell]:
+        """All cells of a table; `rates`: train.lr of the variants that were tuned."""
+        return [
+            self._cell(variant, setting, seed, rates.get(self.rates_of(variant)))
+            for seed in table.seeds for setting in table.settings for variant in table.variants
+        ]  # fmt: skip
+
+    def rates_of(self, variant: str) -> str:
+        """The variant whose learning rate this one takes: its own, where `rates_of` does not say another."""
+        return str(self.variants[variant].get("rates_of", variant))
+
+    def trials(self, table: Table) -> dict[str, dict[float, Cell]]:
+        """Variant -> learning rate -> the run that tries it, for all that the table's variants need."""
+        found: dict[str, dict[float, Cell]] = {}
+        for variant in dict.fromkeys(self.rates_of(variant) for variant in table.variants if table.tuned):
+            rates = self.variants[variant].get("rates", [])
+            if rates and self._tune is None:
+                raise InputError(f"variants.{variant} has rates, but the suite has no [tune]")
+            for rate in rates:
+                cell = self._cell(variant, self._tune["setting"], self._tune["seed"], rate)
+                config = cell.config
+                # Judged once, at the end, on text that no table is of.
+                evaluation = replace(config.evaluation, split="valid", every=self._tune["rounds"], sparse=False)
+                federation = replace(config.federation, rounds=self._tune["rounds"])
+                config = replace(config, federation=federation, evaluation=evaluation)
+                found.setdefault(variant, {})[rate] = replace(cell, setting="tune", config=config)
+        return found
+
+    def _cell(self, variant: str, setting: str, seed: int, rate: float | None) -> Cell:
+        document: dict[str, Any] = {}
+        own = {name: value for name, value in self.variants[variant].items() if name not in ("rates", "rates_of")}
+        for table in (self._base, self.settings[setting], own):
+            merge(document, table, replace=True)
+        merge(document, {"seed": seed} | self._overrides, replace=True)
+        if rate is not None:
+            merge(document, {"train": {"lr": rate}}, replace=True)
+        try:
+            config = from_flat(dict(leaves(document)))
+        except InputError as error:
+            raise InputError(f"variants.{variant} under settings.{setting}: {error}") from error
+        return Cell(variant=variant, setting=setting, config=config)
+
+    def _table(self, name: str, table: dict[str, Any]) -> Table:
+        known = ("variants", "settings", "seeds", "tuned", "compare")
+        for key in table:
+            if key not in known:
+                raise InputError(f"unknown key tables.{name}.{key}{nearest(key, known)}")
+        for key, choices in (("variants", self.variants), ("settings", self.settings)):
+            for value in table.get(key) or [None]:
+                if value not in choices:
+                    hint = nearest(str(value), choices)
+                    raise InputError(f"tables.{name}.{key} must name some of {', '.join(choices)}, got {value!r}{hint}")
+        seeds = table.get("seeds", [0])
+        if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+            raise InputError(f"tables.{name}.seeds must be whole numbers from 0 on, got {seeds!r}")
+        compare = []
+        for quadruple in table.get("compare", []):
+            match quadruple:
+                case [ours, peer, axis, model] if axis in AXES and model in MODELS and {ours, peer} <= {
+                    *table["variants"]
+                }:
+                    compare.append(Comparison(ours=ours, peer=peer, axis=axis, model=model))
+                case _:
+                    raise InputError(f"tables.{name}.compare must be of [variant, variant, {'|'.join(AXES)}, "
+                                     f"{'|'.join(MODELS)}], got {quadruple!r}")  # fmt: skip
+        return Table(
+            variants=tuple(table["variants"]), settings=tuple(table["settings"]), seeds=tuple(seeds),
+            tuned=bool(table.get("tuned", True)), compare=tuple(compare),
+        )  # fmt: skip
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Digest -> record, the last line of each. Raises InputError for a line that is no record."""
+    records = {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            record = cast(dict[str, Any], json.loads(line))
+            records[str(record["digest"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is not a cell of this benchmark: remove the line, or give another "
+                             "file") from error  # fmt: skip
+    return records

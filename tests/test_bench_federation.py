@@ -1,0 +1,147 @@
+"""`sam-ds bench federation`: what a suite says, what makes two cells the same, and where curves are compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from in_process import SETTINGS
+
+from sam_ds.bench.federation import equal_points
+from sam_ds.bench.suite import Suite, read_results
+from sam_ds.cli import main
+from sam_ds.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITE = """
+[base]
+model = "m"
+data = "d"
+{base}
+[variants.sam]
+train = {{ lr = 0.1 }}
+rates = [0.1, 0.2]
+[variants.twin]
+federation = {{ explore = 0.0 }}
+rates_of = "sam"
+[variants.fedavg]
+method = "fedavg"
+[settings.one]
+federation = {{ rounds = 2 }}
+[tune]
+setting = "one"
+seed = 100
+rounds = 1
+[tables.main]
+variants = ["sam", "twin", "fedavg"]
+settings = ["one"]
+seeds = [0, 1]
+compare = [["sam", "fedavg", "bytes", "merged"]]
+"""
+
+
+def write(folder, text=SUITE, base=""):
+    path = folder / "suite.toml"
+    path.write_text(text.format(base=base))
+    return path
+
+
+def test_cells_take_the_rate_of_the_variant_they_name(tmp_path):
+    suite = Suite(write(tmp_path))
+    table = suite.tables["main"]
+    trials = suite.trials(table)
+    assert {name: list(by_rate) for name, by_rate in trials.items()} == {"sam": [0.1, 0.2]}
+    for rate, cell in trials["sam"].items():
+        assert cell.config.train.lr == rate and cell.config.seed == 100 and cell.config.federation.rounds == 1
+        assert cell.config.evaluation.split == "valid"
+    cells = suite.cells(table, {"sam": 0.2})
+    assert [(c.variant, c.config.seed) for c in cells] == [
+        (variant, seed) for seed in (0, 1) for variant in ("sam", "twin", "fedavg")
+    ]  # fmt: skip
+    assert [c.config.train.lr for c in cells[:3]] == [0.2, 0.2, 0.002]
+    assert cells[1].config.federation.explore == 0.0 and cells[0].config.federation.rounds == 2
+
+
+def test_a_cell_is_its_configuration_wherever_it_runs(tmp_path):
+    path = write(tmp_path)
+    here, there = (Suite(path, model=f"/{place}/m", data=f"/{place}/x/d") for place in ("here", "there"))
+    one, other = (suite.cells(suite.tables["main"], {}) for suite in (here, there))
+    assert [cell.digest for cell in one] == [cell.digest for cell in other]
+    assert len({cell.digest for cell in one}) == 6
+    renamed = Suite(path, model="/here/n")
+    assert renamed.cells(renamed.tables["main"], {})[0].digest != one[0].digest
+    elsewhere = Suite(write(tmp_path, base="runtime = { threads = 3 }"))
+    assert elsewhere.cells(elsewhere.tables["main"], {})[0].digest == one[0].digest
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("[tune]", "[tuning]", r"unknown table \[tuning\].*did you mean 'tune'"),
+    ('variants = ["sam",', 'variants = ["sma",', "tables.main.variants must name some of sam, .* got 'sma'"),
+    ("seeds = [0, 1]", "seeds = [-1]", "tables.main.seeds must be whole numbers"),
+    ('"bytes"', '"time"', "tables.main.compare must be of"),
+    ('"sam", "fedavg", "bytes"', '"sam", "fedit", "bytes"', "tables.main.compare must be of"),
+    ("{{ explore = 0.0 }}", "{{ explore = 2.0 }}", "variants.twin under settings.one: federation.explore must be"),
+    ("[settings.one]", "[settings.one]\nsead = 1\n[settings.two]", "unknown key 'sead'"),
+    ("compare =", "compared =", "unknown key tables.main.compared; did you mean 'compare'"),
+])  # fmt: skip
+def test_a_suite_that_makes_no_sense_is_refused(tmp_path, old, new, message):
+    assert old in SUITE
+    with pytest.raises(InputError, match=message):
+        Suite(write(tmp_path, SUITE.replace(old, new)))
+
+
+def test_curves_are_read_where_as_much_was_spent_never_in_our_favour():
+    ours = [{"up": up, "flops": 2 * up, "merged": 10 - up} for up in (0, 1, 2)]
+    peer = [{"up": up, "flops": up, "merged": 20 - up} for up in (0, 1.5, 3, 4.5)]
+    # The peer at its first round with at least our bytes: more than ours.
+    assert equal_points(ours, peer, "bytes") == (ours[-1], peer[2])
+    # Ours at the last that costs no more than all of the peer's.
+    assert equal_points(peer, ours, "bytes") == (peer[1], ours[2])
+    assert equal_points(ours, peer, "flops") == (ours[2], peer[3])
+    assert equal_points(ours, peer, "rounds") == (ours[-1], peer[-1])
+
+
+def test_the_example_is_a_suite():
+    suite = Suite(ROOT / "examples" / "benchmark.toml")
+    for table in suite.tables.values():
+        suite.trials(table)
+        for cell in suite.cells(table, {}):
+            assert cell.config.evaluation.test_tokens in (1024, 4096)
+
+
+def test_lines_that_are_no_cells_are_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    assert read_results(path) == {}
+    path.write_text('{"digest": "a", "seed": 1}\n{"digest": "a", "seed": 2}\n')
+    assert read_results(path)["a"]["seed"] == 2
+    path.write_text("{}\n")
+    with pytest.raises(InputError, match="line 1 is not a cell"):
+        read_results(path)
+
+
+@pytest.mark.distributed
+def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
+    base = dict(setting.split("=") for setting in SETTINGS)
+    base |= {"federation.rounds": "1", "federation.clients": "3", "evaluation.split": '"test"'}
+    lines = "\n".join(f"{key} = {value}" for key, value in base.items())
+    text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("federation = {{ rounds = 2 }}", "seed = 0")
+    text = text.replace('["sam", "twin", "fedavg"]', '["sam", "fedavg"]').replace("seeds = [0, 1]", "seeds = [0]")
+    text = text.replace('"bytes"', '"rounds"')
+    arguments = ["bench", "federation", "--config", str(write(tmp_path, text, lines)), "--model", str(tiny.model),
+                 "--data", str(tiny.corpus), "--runs", str(tmp_path / "runs"), "--json"]  # fmt: skip
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["variant"], row["seeds"]) for row in result["rows"]] == [("sam", 1), ("fedavg", 1)]
+    sam, fedavg = result["rows"]
+    assert 0 < sam["MB_up"] and 0 < sam["TFLOPs"] < fedavg["TFLOPs"] and fedavg["sparse"] is None
+    (ratio,) = result["ratios"].values()
+    assert ratio == pytest.approx(sam["merged"] / fedavg["merged"]) and result["missing"] == 0
+    lines = (tmp_path / "benchmarks" / "suite.jsonl").read_text()
+    assert str(tmp_path) not in lines and len(lines.splitlines()) == 2
+    page = (tmp_path / "benchmarks" / "suite.html").read_text()
+    assert page.count("<svg") == 6
+    # Nothing runs again, wherever the model is now.
+    assert main([*arguments[:-1], "--json", "--jobs", "1", "--minutes", "0"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == result["rows"]
+    assert (tmp_path / "benchmarks" / "suite.jsonl").read_text() == lines

@@ -68,7 +68,10 @@ class FederationSection(Checked):
     floor: Probability = 0.3  # least inclusion probability of an expert that is not a root
     score: Literal["uniform", "usage", "reach"] = "reach"  # what held experts are drawn by
     aggregation: Literal["ht", "hajek", "clipped", "none"] = "ht"
-    clip: Positive = 10.0  # largest 1/p under "clipped"
+    clip: Positive = 10.0  # largest 1/p under "clipped"; above it the other rules warn
+    robust: Literal["none", "norm_clip", "trimmed_mean", "median"] = "none"  # the last two replace `aggregation`
+    trim: Annotated[float, Interval(0, 0.5, "[)")] = 0.2  # share of the replies that trimmed_mean cuts at each end
+    norm_bound: Positive = 2.0  # of norm_clip, times the median norm of the replies for a unit
     server_optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     server_lr: Positive = 1.0
     server_momentum: Decay = 0.9

@@ -156,7 +156,8 @@ def test_moments_are_kept(federate, optimizer):
     ("federation.sampling=poisson",), ("federation.score=uniform",), ("federation.score=usage",),
     ("federation.aggregation=hajek",), ("federation.aggregation=clipped",), ("federation.aggregation=none",),
     ("federation.partition=iid",), ("federation.partition=dirichlet",), ("federation.forgetting=ships",),
-    ("evaluation.sparse=false", "evaluation.every=2"),
+    ("evaluation.sparse=false", "evaluation.every=2"), ("federation.robust=norm_clip",),
+    ("federation.robust=trimmed_mean", "federation.trim=0.34"),
 ], ids=" ".join)  # fmt: skip
 def test_every_variant_runs(federate, overrides):
     federation = federate(*overrides)
@@ -392,6 +393,57 @@ def test_other_rules_are_not_scaled(federate, rule):
     for unit, value in federation.server.state.units.items():
         total, weight = sums.get(unit, (0.0, 1.0))
         np.testing.assert_allclose(value, fresh[unit] + total / weight, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def replies_grown(scale):
+    """A tamper function: the deltas times `scale`."""
+
+    def grow(blobs):
+        values = {name: decode(data) for name, data in blobs.items()}
+        return {name: encode(np.float32(scale) * value, base_round=round_) for name, (value, round_) in values.items()}
+
+    return replace_blobs("units", grow)
+
+
+def test_a_robust_rule_stands_what_breaks_the_mean(federate):
+    """One of six clients, all drawn and all dense, sends its update times a million; a broken one adds nothing."""
+    overrides = ("method=fedavg", "federation.rounds=1", "federation.clients_per_round=6",
+                 "federation.partition=iid")  # fmt: skip
+    liar, broken = replies_grown(1e6), drop("counters")
+    moved = {}
+    for robust in ("none", "norm_clip", "trimmed_mean", "median"):
+        federation = federate(*overrides, f"federation.robust={robust}", worker=overrides, start=False,
+                              tamper={2: liar, 4: broken})  # fmt: skip
+        before = dict(federation.server.state.units)
+        units = federation.start().server.state.units
+        moved[robust] = max(float(np.abs(value - before[unit]).max()) for unit, value in units.items())
+        assert status(federation, 4).startswith("rejected") and not (federation.run / "spool").exists()
+    # An Adam step is at most about the learning rate; there are two, one of them at half of it.
+    assert moved["none"] > 100 and max(moved["norm_clip"], moved["trimmed_mean"], moved["median"]) < 0.02
+
+
+def test_the_median_is_that_of_the_answers(federate):
+    client = first_clients(federate(start=False).config)[1]
+    overrides = ("federation.rounds=1", "federation.robust=median")
+    federation = federate(*overrides, tamper={client: crash}, reverse=True)
+    fresh, answers = federate(start=False).server.state.units, {}
+    for each, reply in zip(federation.strategy._planned.plan.clients, federation.grid.seen, strict=True):
+        if each.client != client:
+            for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+                answers.setdefault(unit, []).append(delta)
+    for unit, value in federation.server.state.units.items():
+        want = fresh[unit] + (np.median(answers[unit], axis=0) if unit in answers else 0.0)
+        np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def test_warnings_are_said_once_and_written_every_round(federate, capsys):
+    federation = federate("federation.clip=1.5", "federation.rounds=3")
+    found = [r["warnings"] for r in federation.records("round")]
+    assert found[0] == [] and all("the largest 1/p is" in " ".join(texts) for texts in found[1:])
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("federation.clip is 1.5: one reply may decide") == 1
+    silent = federate("federation.aggregation=none", "federation.clip=1.5", "federation.rounds=1")
+    assert [r["warnings"] for r in silent.records("round")] == [[], []]
 
 
 def test_when_all_fail_the_run_stops_with_its_state(federate):

@@ -82,6 +82,8 @@ class FederationSection(Checked):
     max_edits: Natural = 8  # rho_max, over all layers
     min_offered: Natural = 200  # times an edge must have been offered before it may be pruned
     edit_tolerance: NonNegative = 1e-3  # nats per token; an edit that costs more is rolled back
+    edit_noise: NonNegative = 0.0  # on the counters, in units of what one client can change in a period; 0 = none
+    edit_clip: Positive = 10.0  # with noise: most L2 norm of a client's counters of a round, over the round's tokens
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # per round
 
@@ -235,6 +237,12 @@ class RunConfig(Checked):
     def ranks_of(self, tier: TierSection) -> int:
         """Ranks that train a client of this tier together."""
         return tier.ranks or self.runtime.ranks_per_client
+
+    @property
+    def counter_bound(self) -> float:
+        """The L2 norm that one client's counters of a round may have, in visits; without noise there is no bound."""
+        tokens = self.train.steps * self.train.batch * self.train.sequence
+        return self.federation.edit_clip * tokens if self.federation.edit_noise else math.inf
 
     @property
     def pod(self) -> int:

@@ -93,6 +93,19 @@ def test_edits_keep_the_graph_valid(good):
     np.testing.assert_array_equal(good.server.model.graph().numpy(), good.server.state.graph)
 
 
+def test_noised_counters_are_clipped_by_client_and_their_epsilon_is_written(federate):
+    overrides = ("federation.edit_noise=0.5", "federation.edit_clip=0.25")
+    state = federate(*overrides, "federation.rounds=1").server.state
+    norm = math.sqrt(sum(int((v**2).sum()) for v in (state.used, state.offered, state.together)))
+    tokens = 2 * 4 * 16
+    # Three clients, each at its bound, with what is rounded down; their counters point much the same way.
+    assert 0.5 * 3 * 0.25 * tokens < norm <= 3 * 0.25 * tokens
+    rounds = {r["round"]: r for r in federate(*overrides, "federation.rounds=4").records("round")}
+    assert "epsilon" not in rounds[1] and "epsilon" not in rounds[3]
+    first, second = rounds[2]["epsilon"], rounds[4]["epsilon"]
+    assert first["delta"] == 1e-5 and first["run"] == first["period"] == second["period"] < second["run"]
+
+
 def test_counters_start_over_after_edits(good):
     state = good.server.state
     assert state.used.sum() < state.used_total.sum()

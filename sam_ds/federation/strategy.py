@@ -33,6 +33,7 @@ from sam_ds.federation.participation import ClientPlan
 from sam_ds.federation.robust import RobustAggregator, new_aggregator
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
+from sam_ds.graph.privacy import clip_counters
 from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import (
     ByteCount,
@@ -290,6 +291,7 @@ class SamStrategy(Strategy):
             deltas, weight=float(server.state.examples[client.client]),
             probability=lambda unit: _probability(client, unit),
         )
+        counts = clip_counters(counts, server.config.counter_bound)
         for layer, (held, value) in enumerate(zip(client.experts, counts, strict=False)):
             for name, count in zip(("used", "offered", "together"), value, strict=True):
                 counters[name][layer][np.ix_(held, held)] += count

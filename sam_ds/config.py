@@ -83,7 +83,7 @@ class FederationSection(Checked):
     min_offered: Natural = 200  # times an edge must have been offered before it may be pruned
     edit_tolerance: NonNegative = 1e-3  # nats per token; an edit that costs more is rolled back
     edit_noise: NonNegative = 0.0  # on the counters, in units of what one client can change in a period; 0 = none
-    edit_clip: Positive = 10.0  # with noise: most L2 norm of a client's counters of a round, over the round's tokens
+    edit_clip: Positive = 16.0  # with noise: L2 norm of a client's counters, over a round's tokens; 8 sqrt(L) is usual
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # per round
 

@@ -14,6 +14,8 @@ from sam_ds.errors import InputError
 from sam_ds.federation import state as state_module
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.state import ServerState, checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from sam_ds.graph.editlog import EditLog
+from sam_ds.graph.edits import Edit
 from sam_ds.wire.payload import ExpertUnit, SharedUnit
 
 
@@ -34,6 +36,8 @@ def random_state(round_=3, *, moments=2, seed=0):
         graph=rng.random((2, 4, 4)) < 0.5, scores=rng.normal(size=(3, 2, 4)).astype(np.float32),
         rates=rng.random((3, 2, 4)).astype(np.float32), examples=rng.integers(1, 99, size=3),
         ever_held=rng.random((3, 2, 4)) < 0.5, losses=[3.1, 0.1 + 0.2], gamma=1 / 3, **counters,
+        edits=EditLog().append(1, [Edit(layer=0, tail=0, head=3, kind="promote")]).append(
+            3, [Edit(layer=1, tail=0, head=2, kind="prune"), Edit(layer=0, tail=0, head=3, kind="prune")]),
     )  # fmt: skip
 
 
@@ -104,10 +108,10 @@ def test_the_message_names_the_older_one(tmp_path):
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module, "_VERSION", "2")
+    monkeypatch.setattr(state_module, "_VERSION", "3")
     path = save_checkpoint(random_state(), tmp_path, keep=3)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="has version 2, this package reads 1"):
+    with pytest.raises(InputError, match="has version 3, this package reads 2"):
         load_checkpoint(path)
 
 

@@ -11,11 +11,14 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 from in_process import ClientCrash, Federation, assert_equal_states
 
 from sam_ds.errors import InputError
+from sam_ds.federation.graphs import UNKNOWN
 from sam_ds.federation.messages import blob_record, blobs_of
 from sam_ds.federation.participation import sample_clients
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.federation.strategy import RunStopped
 from sam_ds.graph.dag import check_graph
+from sam_ds.graph.editlog import catch_up
+from sam_ds.graph.edits import Edit
 from sam_ds.wire.codec import decode, encode
 from sam_ds.wire.payload import ExpertUnit, decode_units
 
@@ -91,6 +94,62 @@ def test_edits_keep_the_graph_valid(good):
     kept = sum({"promote": 1, "prune": -1}[edit["kind"]] for edit in edits if edit["kept"])
     assert sum(rounds[2]["edges"]) == sum(rounds[1]["edges"]) + kept
     np.testing.assert_array_equal(good.server.model.graph().numpy(), good.server.state.graph)
+
+
+def test_edits_travel_to_whoever_was_away(federate):
+    """Nodes that keep their contexts are sent edits, those that do not the whole graph; what comes out is the same."""
+    overrides = ("federation.rounds=8", "federation.edit_every=1", "federation.clients_per_round=2",
+                 "federation.max_edits=3", "evaluation.every=8", "evaluation.sparse=false")  # fmt: skip
+    anew, kept = federate(*overrides), federate(*overrides, keep=True)
+    assert_equal_states(anew.server.state, kept.server.state)
+    log = kept.server.state.edits
+    first = Federation.of(kept.config, kept.server._base).server.state.graph
+    assert len(log) > 10 and (catch_up(first, log, 0) == kept.server.state.graph).all()
+    assert [edit for _, edit in log.entries] == [
+        Edit(layer=e["layer"], tail=e["tail"], head=e["head"], kind=e["kind"])
+        for r in kept.records("round") for e in r["edits"] if e["kept"]
+    ]  # fmt: skip
+
+    def known(federation):
+        """Of every client in turn, the edits that it was counted on to hold, and the rounds."""
+        found = {}
+        for message in federation.grid.sent:
+            if message.metadata.message_type == "train":
+                facts, blobs = message.content["edits"], message.content["graph"]
+                assert ("whole" in blobs) == (facts["known"] == UNKNOWN)
+                assert ("missed" in blobs) == (UNKNOWN < facts["known"] < facts["count"])
+                found.setdefault(message.metadata.dst_node_id, []).append((facts["known"], facts["count"]))
+        return found
+
+    assert all(have == UNKNOWN for pairs in known(anew).values() for have, _ in pairs)
+    for pairs in known(kept).values():
+        # Sure of its copy when it has found it again: from the third time on.
+        assert [have for have, _ in pairs] == [UNKNOWN, UNKNOWN, *(count for _, count in pairs[1:-1])][: len(pairs)]
+    assert any(len(pairs) > 2 and pairs[2][1] - pairs[2][0] > 2 for pairs in known(kept).values())
+
+
+@pytest.mark.parametrize("how", ["lost", "altered"])
+def test_a_client_without_its_graph_is_sent_it_anew(federate, how):
+    overrides = ("federation.rounds=5", "federation.edit_every=1", "federation.clients=3")
+    federation = federate(*overrides, keep=True, start=False)
+
+    def forget(reply):
+        if reply.metadata.group_id == "3":
+            if how == "lost":
+                federation.grid.contexts[1].clear()
+            else:
+                bits = bytearray(federation.grid.contexts[1]["graph"]["graph"])
+                bits[-1] ^= 0xFF
+                federation.grid.contexts[1]["graph"]["graph"] = bytes(bits)
+        return reply
+
+    federation.grid.tamper[0] = forget
+    federation.start()
+    assert [status(federation, 0, round_)[:23] for round_ in range(1, 6)] == [
+        "ok", "ok", "ok", "rejected: client-failed", "ok",
+    ]  # fmt: skip
+    named = "this client has none" if how == "lost" else "is not"
+    assert named in status(federation, 0, 4)
 
 
 def test_noised_counters_are_clipped_by_client_and_their_epsilon_is_written(federate):

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sam_ds.errors import InputError
+from sam_ds.graph.editlog import EditLog
 from sam_ds.wire.payload import Unit, parse_unit, unit_name
 
-_VERSION = "1"
+_VERSION = "2"
 _ARRAYS = ("graph", "scores", "rates", "examples", "used", "offered", "together", "used_total", "ever_held")
 _SCALARS = ("round", "losses", "gamma", "downloads", "factor_seed")
 
@@ -37,6 +38,8 @@ class ServerState:
     moments: dict[Unit, tuple[NDArray[Any], ...]] = field(default_factory=dict)
     graph: NDArray[np.bool_]
     """(L, E, E) M, the edges there are."""
+    edits: EditLog = field(default_factory=EditLog)
+    """That made M out of the converted model's graph."""
     scores: NDArray[np.float32]
     """(N, L, E) mean gate scores on each client's text, from registration."""
     rates: NDArray[np.float32]
@@ -64,6 +67,7 @@ class ServerState:
 def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and remove all but the newest `keep`."""
     arrays: dict[str, NDArray[Any]] = {name: getattr(state, name) for name in _ARRAYS}
+    arrays["edits"] = state.edits.array()
     arrays |= {f"unit/{unit_name(unit)}": value for unit, value in state.units.items()}
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
@@ -99,6 +103,7 @@ def load_checkpoint(path: Path) -> ServerState:
         moments.setdefault(parse_unit(name.partition("/")[2]), []).append(arrays[name])
     return ServerState(
         units=units, moments={unit: tuple(values) for unit, values in moments.items()},
+        edits=EditLog.of_array(arrays["edits"]),
         **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
     )  # fmt: skip
 

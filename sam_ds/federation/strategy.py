@@ -26,6 +26,7 @@ from sam_ds.clients.generations import drop_before, generation
 from sam_ds.clients.task import Task
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer, weight_warnings
+from sam_ds.federation.graphs import UNKNOWN, graph_records
 from sam_ds.federation.messages import blobs_of, count_bytes, counters_of, reply_content, task_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
@@ -66,6 +67,8 @@ class SamStrategy(Strategy):
         self._planned: Planned | None = None
         self._down: dict[int, ByteCount] = {}
         self._clock = RoundClock()
+        self._known: dict[int, int] = {}
+        """Edits of the graph that a client is known to hold (`graphs.py`)."""
         self._spool = run / "spool"
         """Where a round's replies wait for their turn, and a robust rule keeps the deltas of those accepted."""
         self._warnings: dict[str, str] = {}
@@ -159,6 +162,9 @@ class SamStrategy(Strategy):
                 condition=planned.conditions.get(client.client), units=units,
             )  # fmt: skip
             content = task_content(task, {unit_name(unit): encoded[unit] for unit in units})
+            # Taken back until the client says it again: a reply that fails may be for want of the graph.
+            known = self._known.pop(client.client, UNKNOWN)
+            content.update(graph_records(server.state.graph, server.state.edits, task.graph_LEE, known))
             message = Message(content, self._nodes[client.client], "train", group_id=str(server_round))
             self._down[client.client] = count_bytes(message, sum(value.nbytes for value in units.values()))
             yield message
@@ -180,6 +186,8 @@ class SamStrategy(Strategy):
             try:
                 self._fold(aggregator, counters, reply, client, server_round)
                 valid += 1
+                if reply.content["metrics"]["edits"] == len(server.state.edits):
+                    self._known[client.client] = len(server.state.edits)
             except RejectedUpdate as error:
                 self._log_client(server_round, client, status=f"rejected: {error}")
         for client in plans.values():

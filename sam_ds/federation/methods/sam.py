@@ -109,6 +109,7 @@ def _adapt(server: Server, round_: int) -> dict[str, Any]:
     )  # fmt: skip
     result = trial(state.graph, edits, server.validation_loss, section.edit_tolerance)
     state.graph = result.graph_LEE
+    state.edits = state.edits.append(round_, result.kept)
     state.gamma = max(state.gamma, result.gamma)
     for counters in (state.used, state.offered, state.together):
         counters[:] = 0

@@ -73,7 +73,10 @@ class FederationSection(Checked):
     fitness_weight: NonNegative = 1.0
     load_weight: NonNegative = 0.5
     aggregation: Literal["ht", "hajek", "clipped", "none"] = "ht"
-    clip: Positive = 10.0  # largest 1/p under "clipped"
+    clip: Positive = 10.0  # largest 1/p under "clipped"; above it the other rules warn
+    robust: Literal["none", "norm_clip", "trimmed_mean", "median"] = "none"  # the last two replace `aggregation`
+    trim: Annotated[float, Interval(0, 0.5, "[)")] = 0.2  # share of the replies that trimmed_mean cuts at each end
+    norm_bound: Positive = 2.0  # of norm_clip, times the median norm of the replies for a unit
     server_optimizer: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     server_lr: Positive = 1.0
     server_momentum: Decay = 0.9
@@ -85,6 +88,8 @@ class FederationSection(Checked):
     min_offered: Natural = 200  # times an edge must have been offered before it may be pruned
     edit_tolerance: NonNegative = 1e-3  # nats per token; an edit that costs more is rolled back
     shift_round: Natural = 0  # from this round on a client has the documents of the next one; 0 = never
+    edit_noise: NonNegative = 0.0  # on the counters, in units of what one client can change in a period; 0 = none
+    edit_clip: Positive = 16.0  # with noise: L2 norm of a client's counters, over a round's tokens; 8 sqrt(L) is usual
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # per round
 
@@ -255,6 +260,12 @@ class RunConfig(Checked):
     def ranks_of(self, tier: TierSection) -> int:
         """Ranks that train a client of this tier together."""
         return tier.ranks or self.runtime.ranks_per_client
+
+    @property
+    def counter_bound(self) -> float:
+        """The L2 norm that one client's counters of a round may have, in visits; without noise there is no bound."""
+        tokens = self.train.steps * self.train.batch * self.train.sequence
+        return self.federation.edit_clip * tokens if self.federation.edit_noise else math.inf
 
     @property
     def pod(self) -> int:

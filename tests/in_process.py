@@ -25,6 +25,7 @@ from flwr.supercore.run import Run
 from sam_ds.clients.task import Task
 from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, load_config
+from sam_ds.errors import InputError
 from sam_ds.federation import apps
 from sam_ds.federation.grid import identify
 from sam_ds.federation.methods.registry import METHODS
@@ -109,12 +110,16 @@ class InProcessGrid(Grid):
     """Virtual clients 0..N-1 are the nodes 1..N; a message is answered while it is pushed."""
 
     def __init__(
-        self, clients: int, *, tamper: Mapping[int, Tamper] | None = None, reverse: bool = False
+        self, clients: int, *, tamper: Mapping[int, Tamper] | None = None, reverse: bool = False, keep: bool = False
     ) -> None:
         self.clients = clients
         self.tamper = dict(tamper or {})
         self.reverse = reverse
         """Hand the replies over in the opposite order."""
+        self.keep = keep
+        """A node's context stays, as under Flower; else it is made anew, as under the launcher."""
+        self.contexts: dict[int, RecordDict] = {}
+        self.sent: list[Message] = []
         self.pushed = 0
         self.replies: dict[str, Message] = {}
         self.seen: list[Message] = []
@@ -142,9 +147,14 @@ class InProcessGrid(Grid):
             message.metadata.__dict__["_message_id"] = identity
             node = message.metadata.dst_node_id
             context = Context(
-                run_id=1, node_id=node, node_config={"partition-id": node - 1}, state=RecordDict(), run_config={}
+                run_id=1, node_id=node, node_config={"partition-id": node - 1}, run_config={},
+                state=self.contexts.setdefault(node, RecordDict()) if self.keep else RecordDict(),
             )  # fmt: skip
-            reply: Message | None = over_the_wire(apps.client_app(over_the_wire(message), context))
+            self.sent.append(message)
+            try:
+                reply: Message | None = over_the_wire(apps.client_app(over_the_wire(message), context))
+            except InputError as error:
+                reply = Message(Error(2, str(error)), reply_to=message)
             if message.metadata.message_type == "train":
                 self.seen.append(reply)
                 if node - 1 in self.tamper:
@@ -250,6 +260,7 @@ def assert_equal_states(one: Any, other: Any) -> None:
     """Bit for bit."""
     assert one.round == other.round
     assert one.losses == other.losses and one.gamma == other.gamma
+    assert one.edits == other.edits
     assert one.downloads == other.downloads and one.factor_seed == other.factor_seed
     for name in ("graph", "scores", "rates", "examples", "fitness", "load", "used", "offered", "together",
                  "used_total", "ever_held"):  # fmt: skip

@@ -6,6 +6,7 @@ import functools
 import heapq
 import itertools
 import math
+import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -452,6 +453,27 @@ def reference_aggregate(replies, total, rule, clip):
         else:
             updates[unit] = sum(w * delta for delta, w, _ in held) / sum(w for _, w, _ in held)
     return updates
+
+
+def reference_trimmed_mean(values, trim):
+    """One coordinate: the mean without the int(trim n) smallest and as many of the largest."""
+    cut = int(trim * len(values))
+    kept = sorted(map(float, values))[cut : len(values) - cut]
+    return sum(kept) / len(kept)
+
+
+def reference_clipped(replies, norm_bound):
+    """The replies with each unit's delta no longer than norm_bound x the median, the lower of two middle ones, of the
+    norms of the replies that hold it."""
+    clipped = []
+    for deltas, size, p in replies:
+        kept = {}
+        for unit, delta in deltas.items():
+            norms = sorted(math.sqrt((other[unit] ** 2).sum()) for other, _, _ in replies if unit in other)
+            norm, bound = math.sqrt((delta**2).sum()), norm_bound * statistics.median_low(norms)
+            kept[unit] = delta if norm <= bound else bound / norm * delta
+        clipped.append((kept, size, p))
+    return clipped
 
 
 def reference_fedopt(theta, deltas, optimizer, eta, momentum, beta_1, beta_2, tau):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from reference import exact_design
 
 from sam_ds.bench.cluster import synthetic_rows
+from sam_ds.bench.estimators import _design
 from sam_ds.bench.timing import Timed, interleave, rows
 from sam_ds.cli import main
+from sam_ds.federation.participation import systematic_sample
 
 
 def test_interleaving_alternates_the_order_and_drops_the_warm_up() -> None:
@@ -60,3 +64,36 @@ def test_synthetic_rows_are_unit_rows_of_a_seed() -> None:
     points_md = synthetic_rows(32, 8, groups=4, seed=1)
     torch.testing.assert_close(points_md.norm(dim=1), torch.ones(32))
     assert torch.equal(points_md, synthetic_rows(32, 8, groups=4, seed=1))
+
+
+def estimators(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, float]]:
+    assert main(["bench", "estimators", "--rounds", "2", *arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return {row.pop("rule"): row for row in result["rows"]}
+
+
+@pytest.mark.parametrize("seed", ["0", "7"])
+def test_estimators_trade_bias_for_variance(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = estimators(capsys, "--seed", seed)
+    assert found == estimators(capsys, "--seed", seed)
+    assert found["ht"]["bias2"] < 1e-25
+    for rule in ("hajek", "clipped", "none"):
+        assert found[rule]["bias2"] > 0.01 and found[rule]["variance"] < 0.5 * found["ht"]["variance"]
+        assert found[rule]["mse"] == pytest.approx(found[rule]["bias2"] + found[rule]["variance"])
+    loose, tight = (estimators(capsys, "--seed", seed, "--clip", clip)["clipped"] for clip in ("16", "2"))
+    # No 1/p is above 16 = 4 / 2 clients x 8 / 1.
+    assert loose["variance"] == pytest.approx(found["ht"]["variance"]) and loose["bias2"] < 1e-25
+    assert tight["bias2"] > found["clipped"]["bias2"] and tight["variance"] < found["clipped"]["variance"]
+
+
+def test_estimators_enumerate_the_design_in_use() -> None:
+    for seed in (0, 1):
+        h_E, chances = _design(np.random.default_rng(seed))
+        want = exact_design(systematic_sample, h_E, 1 << 50)
+        assert chances == pytest.approx({subset: float(chance) for subset, chance in want.items() if chance > 1e-9})
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["--clip", "0.5"], "clip is 0.5"), (["--spread", "-1"], "--spread")])
+def test_estimators_refuse(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "estimators", *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -9,6 +9,7 @@ from flwr.common.serde import message_to_proto
 from in_process import Federation, over_the_wire, task_for
 
 from sam_ds.clients.task import Result
+from sam_ds.federation.graphs import UNKNOWN, graph_records
 from sam_ds.federation.grid import identify
 from sam_ds.federation.messages import (
     blob_record,
@@ -20,6 +21,7 @@ from sam_ds.federation.messages import (
     task_content,
     task_of,
 )
+from sam_ds.graph.editlog import EditLog
 from sam_ds.wire.codec import encode
 from sam_ds.wire.payload import RejectedUpdate, decode_units, encode_units
 
@@ -39,11 +41,10 @@ def sent(content):
 @pytest.mark.parametrize("method", ["sam", "fedavg", "fedit"])
 def test_task_round_trip(tiny, tmp_path, method):
     task = task_for(Federation.of(tiny.config(tmp_path, f"method={method}"), tiny.base).server, 4, round_=7)
-    found = task_of(sent(task_content(task, encode_units(task.units, base_round=7))))
+    found = task_of(sent(task_content(task, encode_units(task.units, base_round=7))), task.graph_LEE)
     assert (found.round, found.client, found.tier, found.trains) == (7, 4, "medium", task.trains)
     assert found.held == task.held
-    np.testing.assert_array_equal(found.graph_LEE, task.graph_LEE)
-    assert found.graph_LEE.dtype == bool
+    assert found.graph_LEE is task.graph_LEE
     if method == "sam":
         np.testing.assert_array_equal(found.condition, task.condition)
     else:
@@ -56,7 +57,7 @@ def test_task_round_trip(tiny, tmp_path, method):
 def test_a_task_of_another_round_is_refused(tiny, tmp_path):
     task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, 0, round_=7)
     with pytest.raises(RejectedUpdate, match="wrong-round"):
-        task_of(sent(task_content(task, encode_units(task.units, base_round=6))))
+        task_of(sent(task_content(task, encode_units(task.units, base_round=6))), task.graph_LEE)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def result():
 
 def test_result_round_trip(tiny, tmp_path, result):
     task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, 0)
-    content = sent(result_content(result, encode_units(task.units, base_round=7), 7))
+    content = sent(result_content(result, encode_units(task.units, base_round=7), 7, edits=4))
     for found, value in zip(counters_of(content, HELD, 7), result.counters, strict=True):
         np.testing.assert_array_equal(found, value)
         assert found.dtype == np.int64
@@ -81,13 +82,13 @@ def test_result_round_trip(tiny, tmp_path, result):
         np.testing.assert_array_equal(deltas[unit], value)
     assert dict(content["metrics"]) == {
         "num-examples": 12, "tokens": 128, "loss-first": 3.5, "loss-last": 3.25, "load-seconds": 0.5,
-        "train-seconds": 1.5, "started": 1e9,
+        "train-seconds": 1.5, "started": 1e9, "edits": 4,
     }  # fmt: skip
 
 
 def with_counter(result, blob):
     """The content of a reply whose second counter is this blob, or is missing."""
-    content = result_content(result, {}, 7)
+    content = result_content(result, {}, 7, edits=0)
     blobs = {name: data for name, data in blobs_of(content["counters"]).items() if name != "shared/counters/1"}
     content["counters"] = blob_record(blobs if blob is None else blobs | {"shared/counters/1": blob})
     return sent(content)
@@ -124,11 +125,14 @@ def test_another_serialisation_is_refused():
 def test_bytes_are_counted_as_sent(tiny, tmp_path):
     task = task_for(Federation.of(tiny.config(tmp_path), tiny.base).server, 0)
     blobs = encode_units(task.units)
-    message = Message(task_content(task, blobs), 1, "train", group_id="1")
+    content = task_content(task, blobs)
+    content.update(graph_records(task.graph_LEE, EditLog(), task.graph_LEE, UNKNOWN))
+    message = Message(content, 1, "train", group_id="1")
     serialised = len(message_to_proto(message).SerializeToString())
     assert message_bytes(message) == serialised
     counted = count_bytes(message, raw=123)
     assert (counted.raw, counted.message) == (123, serialised)
-    extra = encode(task.graph_LEE, base_round=1), encode(task.condition, base_round=1)
+    # 14 of the 28 edges of either layer are there: a bit each, and a bit each of all.
+    extra = [encode(task.condition, base_round=1), *(encode(np.full(size, 255, np.uint8)) for size in (4, 7))]
     assert counted.encoded == sum(map(len, blobs.values())) + sum(map(len, extra))
     assert counted.encoded < counted.message

@@ -34,7 +34,7 @@ def test_bytes_and_flops_are_those_of_a_run(tiny, new_worker, tmp_path, override
         task = replace(task, sent=tuple(held[: own.tier.sends or len(held)] for held in task.sent))
         result = new_worker(*overrides).train(task)
         sent = sum(value.nbytes for unit, value in task.units.items())
-        assert own.down == sent + task.graph_LEE.nbytes
+        assert own.down == sent
         counters = sum(value.nbytes for value in result.counters)
         width = 2 if config.wire.values == "bf16" else 4
         assert own.up == width * sum(value.size for value in result.deltas.values()) + counters

@@ -14,6 +14,8 @@ from sam_ds.errors import InputError
 from sam_ds.federation import state as state_module
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.state import ServerState, checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from sam_ds.graph.editlog import EditLog
+from sam_ds.graph.edits import Edit
 from sam_ds.wire.payload import ExpertUnit, SharedUnit
 
 
@@ -35,6 +37,8 @@ def random_state(round_=3, *, moments=2, seed=0):
         rates=rng.random((3, 2, 4)).astype(np.float32), examples=rng.integers(1, 99, size=3),
         fitness=rng.random((3, 2, 4)), load=rng.random((2, 4)),
         ever_held=rng.random((3, 2, 4)) < 0.5, losses=[3.1, 0.1 + 0.2], gamma=1 / 3, **counters,
+        edits=EditLog().append(1, [Edit(layer=0, tail=0, head=3, kind="promote")]).append(
+            3, [Edit(layer=1, tail=0, head=2, kind="prune"), Edit(layer=0, tail=0, head=3, kind="prune")]),
     )  # fmt: skip
 
 

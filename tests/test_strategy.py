@@ -12,11 +12,14 @@ from in_process import ClientCrash, Federation, assert_equal_states
 
 from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.errors import InputError
+from sam_ds.federation.graphs import UNKNOWN
 from sam_ds.federation.messages import blob_record, blobs_of
 from sam_ds.federation.participation import sample_clients
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.federation.strategy import RunStopped
 from sam_ds.graph.dag import check_graph
+from sam_ds.graph.editlog import catch_up
+from sam_ds.graph.edits import Edit
 from sam_ds.wire.codec import decode, encode
 from sam_ds.wire.payload import ExpertUnit, decode_units
 
@@ -94,6 +97,75 @@ def test_edits_keep_the_graph_valid(good):
     np.testing.assert_array_equal(good.server.model.graph().numpy(), good.server.state.graph)
 
 
+def test_edits_travel_to_whoever_was_away(federate):
+    """Nodes that keep their contexts are sent edits, those that do not the whole graph; what comes out is the same."""
+    overrides = ("federation.rounds=8", "federation.edit_every=1", "federation.clients_per_round=2",
+                 "federation.max_edits=3", "evaluation.every=8", "evaluation.sparse=false")  # fmt: skip
+    anew, kept = federate(*overrides), federate(*overrides, keep=True)
+    assert_equal_states(anew.server.state, kept.server.state)
+    log = kept.server.state.edits
+    first = Federation.of(kept.config, kept.server._base).server.state.graph
+    assert len(log) > 10 and (catch_up(first, log, 0) == kept.server.state.graph).all()
+    assert [edit for _, edit in log.entries] == [
+        Edit(layer=e["layer"], tail=e["tail"], head=e["head"], kind=e["kind"])
+        for r in kept.records("round") for e in r["edits"] if e["kept"]
+    ]  # fmt: skip
+
+    def known(federation):
+        """Of every client in turn, the edits that it was counted on to hold, and the rounds."""
+        found = {}
+        for message in federation.grid.sent:
+            if message.metadata.message_type == "train":
+                facts, blobs = message.content["edits"], message.content["graph"]
+                assert ("whole" in blobs) == (facts["known"] == UNKNOWN)
+                assert ("missed" in blobs) == (UNKNOWN < facts["known"] < facts["count"])
+                found.setdefault(message.metadata.dst_node_id, []).append((facts["known"], facts["count"]))
+        return found
+
+    assert all(have == UNKNOWN for pairs in known(anew).values() for have, _ in pairs)
+    for pairs in known(kept).values():
+        # Sure of its copy when it has found it again: from the third time on.
+        assert [have for have, _ in pairs] == [UNKNOWN, UNKNOWN, *(count for _, count in pairs[1:-1])][: len(pairs)]
+    assert any(len(pairs) > 2 and pairs[2][1] - pairs[2][0] > 2 for pairs in known(kept).values())
+
+
+@pytest.mark.parametrize("how", ["lost", "altered"])
+def test_a_client_without_its_graph_is_sent_it_anew(federate, how):
+    overrides = ("federation.rounds=5", "federation.edit_every=1", "federation.clients=3")
+    federation = federate(*overrides, keep=True, start=False)
+
+    def forget(reply):
+        if reply.metadata.group_id == "3":
+            if how == "lost":
+                federation.grid.contexts[1].clear()
+            else:
+                bits = bytearray(federation.grid.contexts[1]["graph"]["graph"])
+                bits[-1] ^= 0xFF
+                federation.grid.contexts[1]["graph"]["graph"] = bytes(bits)
+        return reply
+
+    federation.grid.tamper[0] = forget
+    federation.start()
+    assert [status(federation, 0, round_)[:23] for round_ in range(1, 6)] == [
+        "ok", "ok", "ok", "rejected: client-failed", "ok",
+    ]  # fmt: skip
+    named = "this client has none" if how == "lost" else "is not"
+    assert named in status(federation, 0, 4)
+
+
+def test_noised_counters_are_clipped_by_client_and_their_epsilon_is_written(federate):
+    overrides = ("federation.edit_noise=0.5", "federation.edit_clip=0.25")
+    state = federate(*overrides, "federation.rounds=1").server.state
+    norm = math.sqrt(sum(int((v**2).sum()) for v in (state.used, state.offered, state.together)))
+    tokens = 2 * 4 * 16
+    # Three clients, each at its bound, with what is rounded down; their counters point much the same way.
+    assert 0.5 * 3 * 0.25 * tokens < norm <= 3 * 0.25 * tokens
+    rounds = {r["round"]: r for r in federate(*overrides, "federation.rounds=4").records("round")}
+    assert "epsilon" not in rounds[1] and "epsilon" not in rounds[3]
+    first, second = rounds[2]["epsilon"], rounds[4]["epsilon"]
+    assert first["delta"] == 1e-5 and first["run"] == first["period"] == second["period"] < second["run"]
+
+
 def test_counters_start_over_after_edits(good):
     state = good.server.state
     assert state.used.sum() < state.used_total.sum()
@@ -158,7 +230,8 @@ def test_moments_are_kept(federate, optimizer):
     ("federation.score=anchors", "federation.floor=0.1"), ("federation.score=greedy", "federation.sampling=stratified"),
     ("federation.aggregation=hajek",), ("federation.aggregation=clipped",), ("federation.aggregation=none",),
     ("federation.partition=iid",), ("federation.partition=dirichlet",), ("federation.forgetting=ships",),
-    ("evaluation.sparse=false", "evaluation.every=2"),
+    ("evaluation.sparse=false", "evaluation.every=2"), ("federation.robust=norm_clip",),
+    ("federation.robust=trimmed_mean", "federation.trim=0.34"),
 ], ids=" ".join)  # fmt: skip
 def test_every_variant_runs(federate, overrides):
     federation = federate(*overrides)
@@ -418,6 +491,57 @@ def test_other_rules_are_not_scaled(federate, rule):
     for unit, value in federation.server.state.units.items():
         total, weight = sums.get(unit, (0.0, 1.0))
         np.testing.assert_allclose(value, fresh[unit] + total / weight, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def replies_grown(scale):
+    """A tamper function: the deltas times `scale`."""
+
+    def grow(blobs):
+        values = {name: decode(data) for name, data in blobs.items()}
+        return {name: encode(np.float32(scale) * value, base_round=round_) for name, (value, round_) in values.items()}
+
+    return replace_blobs("units", grow)
+
+
+def test_a_robust_rule_stands_what_breaks_the_mean(federate):
+    """One of six clients, all drawn and all dense, sends its update times a million; a broken one adds nothing."""
+    overrides = ("method=fedavg", "federation.rounds=1", "federation.clients_per_round=6",
+                 "federation.partition=iid")  # fmt: skip
+    liar, broken = replies_grown(1e6), drop("counters")
+    moved = {}
+    for robust in ("none", "norm_clip", "trimmed_mean", "median"):
+        federation = federate(*overrides, f"federation.robust={robust}", worker=overrides, start=False,
+                              tamper={2: liar, 4: broken})  # fmt: skip
+        before = dict(federation.server.state.units)
+        units = federation.start().server.state.units
+        moved[robust] = max(float(np.abs(value - before[unit]).max()) for unit, value in units.items())
+        assert status(federation, 4).startswith("rejected") and not (federation.run / "spool").exists()
+    # An Adam step is at most about the learning rate; there are two, one of them at half of it.
+    assert moved["none"] > 100 and max(moved["norm_clip"], moved["trimmed_mean"], moved["median"]) < 0.02
+
+
+def test_the_median_is_that_of_the_answers(federate):
+    client = first_clients(federate(start=False).config)[1]
+    overrides = ("federation.rounds=1", "federation.robust=median")
+    federation = federate(*overrides, tamper={client: crash}, reverse=True)
+    fresh, answers = federate(start=False).server.state.units, {}
+    for each, reply in zip(federation.strategy._planned.plan.clients, federation.grid.seen, strict=True):
+        if each.client != client:
+            for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+                answers.setdefault(unit, []).append(delta)
+    for unit, value in federation.server.state.units.items():
+        want = fresh[unit] + (np.median(answers[unit], axis=0) if unit in answers else 0.0)
+        np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def test_warnings_are_said_once_and_written_every_round(federate, capsys):
+    federation = federate("federation.clip=1.5", "federation.rounds=3")
+    found = [r["warnings"] for r in federation.records("round")]
+    assert found[0] == [] and all("the largest 1/p is" in " ".join(texts) for texts in found[1:])
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("federation.clip is 1.5: one reply may decide") == 1
+    silent = federate("federation.aggregation=none", "federation.clip=1.5", "federation.rounds=1")
+    assert [r["warnings"] for r in silent.records("round")] == [[], []]
 
 
 def test_when_all_fail_the_run_stops_with_its_state(federate):

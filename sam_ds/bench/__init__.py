@@ -15,7 +15,7 @@ from typing import Any
 from sam_ds.bench.options import check_sizes
 from sam_ds.bench.timing import machine
 
-BENCHMARKS = ("cluster", "convert", "federation", "layer", "memory", "moe", "tiers", "zero")
+BENCHMARKS = ("cluster", "convert", "estimators", "federation", "layer", "memory", "moe", "tiers", "zero")
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
         text = (module.__doc__ or "").splitlines()[0]
         own = names.add_parser(name, help=text, description=text)
         module.add_arguments(own)
-        own.add_argument("--rounds", type=int, default=5, help="timed calls of each; one more warms up")
+        own.add_argument("--rounds", type=int, default=5, help="calls of each, or cases; one more call warms up")
         own.add_argument("--seed", type=int, default=0)
         own.add_argument("--json", action="store_true", help="print one JSON object")
         own.set_defaults(run=_run, measure=module.run)

@@ -14,6 +14,8 @@ depends on everything it held. The other rules trade bias for variance:
 | `clipped` | w_i min(1 / p, clip)    | sum a delta               | where 1 / p <= clip   |
 | `none`    | |D_i|                   | sum a delta / sum a       | no                    |
 
+What guards a rule against replies that lie is in `robust.py`.
+
 The server's step is FedOpt (Reddi et al., 2003.00295, algorithm 2) with its names: theta <- theta + eta m
 / (sqrt(v) + tau), v starting at tau^2 and no bias correction; `momentum` is FedAvgM (1909.06335).
 """
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 from sam_ds.errors import InputError, nearest
 
 RULES = ("ht", "hajek", "clipped", "none")
+ROBUST = ("none", "norm_clip", "trimmed_mean", "median")
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "yogi")
 
 U = TypeVar("U", bound=Hashable)
@@ -47,6 +50,12 @@ class AggregationConfig:
     """One of `RULES`."""
     clip: float = 10.0
     """Largest 1/p of the rule `clipped`."""
+    robust: str = "none"
+    """One of `ROBUST`; `trimmed_mean` and `median` take the place of the rule."""
+    trim: float = 0.2
+    """Of `trimmed_mean`: share of the replies left out at each end of each coordinate."""
+    norm_bound: float = 2.0
+    """Of `norm_clip`: times the median norm of the replies."""
     server_optimizer: str = "sgd"
     """One of `SERVER_OPTIMIZERS`."""
     server_lr: float = 1.0
@@ -63,13 +72,16 @@ class AggregationConfig:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("rule", self.rule, RULES),
+            ("robust", self.robust, ROBUST),
             ("server_optimizer", self.server_optimizer, SERVER_OPTIMIZERS),
         ):
             if value not in known:
                 raise InputError(f"{name} is {value!r}: use one of {', '.join(known)}{nearest(value, known)}")
         if not self.clip >= 1:
             raise InputError(f"clip is {self.clip}: a cap on 1/p must be at least 1")
-        for name, number in (("server_lr", self.server_lr), ("tau", self.tau)):
+        if not 0 <= self.trim < 0.5:
+            raise InputError(f"trim is {self.trim}: must be in [0, 0.5), a share to leave out at each of two ends")
+        for name, number in (("server_lr", self.server_lr), ("tau", self.tau), ("norm_bound", self.norm_bound)):
             if not 0 < number < np.inf:
                 raise InputError(f"{name} is {number}: must be positive")
         for name, number in (
@@ -79,6 +91,22 @@ class AggregationConfig:
         ):
             if not 0 <= number < 1:
                 raise InputError(f"{name} is {number}: must be in [0, 1)")
+
+    @property
+    def replaces_rule(self) -> bool:
+        """Neither p nor |D_i| is used."""
+        return self.robust in ("trimmed_mean", "median")
+
+    @property
+    def sums(self) -> bool:
+        """The update is a sum, which lacks the part of whoever does not answer; the others are means."""
+        return self.rule in ("ht", "clipped") and not self.replaces_rule
+
+    def cut(self, replies: int) -> int:
+        """How many of the replies are left out at each end: all but the middle one or two for `median`."""
+        if self.robust == "median":
+            return (replies - 1) // 2
+        return int(self.trim * replies) if self.robust == "trimmed_mean" else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,11 +170,8 @@ class Aggregator(Generic[U]):
         Raises:
             InputError: a `weight` that is not positive, or a p outside (0, 1].
         """
-        if not 0 < weight < np.inf:
-            raise InputError(f"weight is {weight}: must be the client's number of examples, > 0")
-        inverse = {unit: self._inverse_probability(unit, probability) for unit in deltas}
+        inverse = check_reply(self._config, deltas, weight=weight, probability=probability)
         for unit, delta in deltas.items():
-            assert np.isfinite(delta).all(), f"delta of {unit} is not finite: reject the reply before folding"
             known = self._sums.get(unit)
             assert known is None or known.weighted.shape == delta.shape, f"shape of {unit}"
         for unit, delta in deltas.items():
@@ -162,12 +187,11 @@ class Aggregator(Generic[U]):
 
     def result(self) -> Aggregated[U]:
         """The update of everything folded so far."""
-        self_normalised = self._config.rule in ("hajek", "none")
         sizes = [total.weight**2 / total.squared for total in self._sums.values()]
         return Aggregated(
             deltas={
                 unit: np.asarray(
-                    total.weighted / (total.weight if self_normalised else 1.0), dtype=total.dtype
+                    total.weighted / (1.0 if self._config.sums else total.weight), dtype=total.dtype
                 )
                 for unit, total in self._sums.items()
             },
@@ -177,13 +201,51 @@ class Aggregator(Generic[U]):
             received={unit: total.count for unit, total in self._sums.items()},
         )
 
-    def _inverse_probability(self, unit: U, probability: Callable[[U], float]) -> float:
-        if self._config.rule == "none":
-            return 1.0
+
+def check_reply(
+    config: AggregationConfig, deltas: Mapping[U, NDArray[Any]], *, weight: float, probability: Callable[[U], float]
+) -> dict[U, float]:
+    """The 1/p that the rule applies to each unit of a reply (1 for `none`). Raises as `Aggregator.add` does."""
+    if not 0 < weight < np.inf:
+        raise InputError(f"weight is {weight}: must be the client's number of examples, > 0")
+    for unit, delta in deltas.items():
+        assert np.isfinite(delta).all(), f"delta of {unit} is not finite: reject the reply before folding"
+    if config.rule == "none":
+        return dict.fromkeys(deltas, 1.0)
+    inverse = {}
+    for unit in deltas:
         p = probability(unit)
         if not 0 < p <= 1:
             raise InputError(f"probability of {unit} is {p}: must be in (0, 1], as planned before the draw")
-        return min(1 / p, self._config.clip) if self._config.rule == "clipped" else 1 / p
+        inverse[unit] = min(1 / p, config.clip) if config.rule == "clipped" else 1 / p
+    return inverse
+
+
+def weight_warnings(result: Aggregated[U], config: AggregationConfig) -> dict[str, str]:
+    """What a user should know about the weights of a round: kind -> the numbers and what to do; {} if all is well.
+
+    `sample`: under a rule with p, a unit's effective sample size is on average less than half of its replies; `weight`:
+    a 1/p is above `clip`; `replies`: a unit has so few of them that `robust` leaves out none.
+    """
+    found: dict[str, str] = {}
+    units, replies = len(result.received), sum(result.received.values())
+    if not units:
+        return found
+    rules = " or ".join(rule for rule in ("hajek", "clipped") if rule != config.rule)
+    remedy = f"raise federation.floor or federation.clients_per_round, or take federation.aggregation = {rules}"
+    size, weighted = result.mean_effective_sample_size, config.rule != "none" and not config.replaces_rule
+    if weighted and size < 0.5 * replies / units:
+        found["sample"] = (f"the effective sample size of a unit is {size:.3g} of {replies / units:.3g} replies: "
+                           f"few of them decide; {remedy}")  # fmt: skip
+    if result.largest_weight > config.clip:
+        found["weight"] = (f"the largest 1/p is {result.largest_weight:.3g}, federation.clip is {config.clip:g}: "
+                           f"one reply may decide; {remedy}")  # fmt: skip
+    clips = config.robust == "norm_clip"
+    bare = sum(count < 2 if clips else config.cut(count) == 0 for count in result.received.values())
+    if config.robust != "none" and bare:
+        found["replies"] = (f"{bare} of {units} units have too few replies for federation.robust = {config.robust} to "
+                            "guard them: raise federation.clients_per_round or the tiers' experts")  # fmt: skip
+    return found
 
 
 class ServerOptimizer:

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from sam_ds.clients.task import WorkerGroup
 from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, from_flat
+from sam_ds.federation.graphs import follow
 from sam_ds.federation.messages import blob_record, result_content, task_of
 from sam_ds.federation.methods.registry import configured
 from sam_ds.federation.run import run_server
@@ -61,7 +62,8 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
     worker = worker_for(context)
-    task = task_of(message.content)
+    graph_LEE, edits = follow(message.content, context.state)
+    task = task_of(message.content, graph_LEE)
     result = worker.train(task)
     wire = worker.config.wire
     # Stochastic rounding is unbiased, as the aggregation needs it to be.
@@ -70,7 +72,7 @@ def train(message: Message, context: Context) -> Message:
         result.deltas, values=wire.values, base_round=task.round, compress=wire.compress,
         rng=rng if wire.values in ("int8", "int4") else None,
     )  # fmt: skip
-    return Message(result_content(result, blobs, task.round), reply_to=message)
+    return Message(result_content(result, blobs, task.round, edits), reply_to=message)
 
 
 def set_worker(worker: Worker) -> None:

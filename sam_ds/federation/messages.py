@@ -1,7 +1,9 @@
 """What the server and a client say to each other, as Flower records. Tensors are codec blobs; nothing is pickled.
 
-    query    {}                                          -> examples, mean gate scores, visit rates
-    train    units, graph, condition, the task's scalars -> deltas, counters, metrics
+    query    {}                                           -> examples, mean gate scores, visit rates
+    train    units, graphs, condition, the task's scalars -> deltas, counters, metrics
+
+How graphs travel is in `graphs.py`.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def count_bytes(message: Message, raw: int) -> ByteCount:
 
 
 def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
-    """The content of a train message; `blobs` are the encoded `task.units`."""
-    extra = {"graph": encode(task.graph_LEE, base_round=task.round)}
+    """The content of a train message but for the graph; `blobs` are the encoded `task.units`."""
+    extra = {}
     if task.condition is not None:
         extra["condition"] = encode(task.condition, base_round=task.round)
     scalars = ConfigRecord(
@@ -63,30 +65,31 @@ def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
             "sent-per-layer": [len(layer) for layer in task.sent],
         }
     )  # fmt: skip
-    return RecordDict({"units": blob_record(blobs), "graph": blob_record(extra), "task": scalars})
+    return RecordDict({"units": blob_record(blobs), "extra": blob_record(extra), "task": scalars})
 
 
-def task_of(content: RecordDict) -> Task:
-    """The inverse of `task_content`, on the client."""
+def task_of(content: RecordDict, graph_LEE: NDArray[np.bool_]) -> Task:
+    """The inverse of `task_content`, on the client, over its graph."""
     scalars: dict[str, Any] = dict(content["task"])
 
     def per_layer(name: str) -> tuple[tuple[int, ...], ...]:
         flat = iter(scalars[name])
         return tuple(tuple(islice(flat, size)) for size in scalars[f"{name}-per-layer"])
 
-    extra = blobs_of(content["graph"])
+    extra = blobs_of(content["extra"])
     round_ = scalars["round"]
     return Task(
         round=round_, client=scalars["client"], tier=scalars["tier"], trains=scalars["trains"],
         held=per_layer("held"), sent=per_layer("sent"),
-        graph_LEE=decode(extra["graph"])[0],
+        graph_LEE=graph_LEE,
         condition=decode(extra["condition"])[0] if "condition" in extra else None,
         units=decode_units(blobs_of(content["units"]), base_round=round_),
     )  # fmt: skip
 
 
-def result_content(result: Result, blobs: Mapping[str, bytes], round_: int) -> RecordDict:
-    """The content of a train reply; `blobs` are the encoded `result.deltas`."""
+def result_content(result: Result, blobs: Mapping[str, bytes], round_: int, edits: int) -> RecordDict:
+    """The content of a train reply; `blobs` are the encoded `result.deltas`, `edits` what the client's copy of the
+    graph holds (`graphs.py`)."""
     counters = {
         f"shared/counters/{layer}": encode(value, base_round=round_) for layer, value in enumerate(result.counters)
     }
@@ -94,14 +97,15 @@ def result_content(result: Result, blobs: Mapping[str, bytes], round_: int) -> R
         {
             "num-examples": result.examples, "tokens": result.tokens, "loss-first": result.loss_first,
             "loss-last": result.loss_last, "load-seconds": result.load_seconds,
-            "train-seconds": result.train_seconds, "started": result.started,
+            "train-seconds": result.train_seconds, "started": result.started, "edits": edits,
         }
     )  # fmt: skip
     return RecordDict({"units": blob_record(blobs), "counters": blob_record(counters), "metrics": metrics})
 
 
 _RECORDS = ("units", "counters", "metrics")
-_METRICS = ("num-examples", "tokens", "loss-first", "loss-last", "load-seconds", "train-seconds", "started")
+_METRICS = ("num-examples", "tokens", "loss-first", "loss-last", "load-seconds", "train-seconds", "started",
+            "edits")
 
 
 def reply_content(reply: Message) -> RecordDict:

@@ -53,7 +53,7 @@ class MetricsLog:
             {
                 "kind": "round", "round": round_, **times, "bytes_up": self._bytes.pop("bytes_up", zero),
                 "bytes_down": self._bytes.pop("bytes_down", zero), **scores,
-                "validation_loss": state.losses[-1], "edits": [], "gamma": None,
+                "validation_loss": state.losses[-1], "edits": [], "gamma": None, "warnings": [],
                 "edges": state.graph.sum((1, 2)).tolist(),
             } | facts
         )  # fmt: skip

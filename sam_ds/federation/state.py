@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sam_ds.errors import InputError
+from sam_ds.graph.editlog import EditLog
 from sam_ds.wire.payload import Unit, parse_unit, unit_name
 
 _VERSION = "2"
@@ -40,6 +41,8 @@ class ServerState:
     """Client -> the units that are its own, of the methods that have such."""
     graph: NDArray[np.bool_]
     """(L, E, E) M, the edges there are."""
+    edits: EditLog = field(default_factory=EditLog)
+    """That made M out of the converted model's graph."""
     scores: NDArray[np.float32]
     """(N, L, E) mean gate scores on each client's text, from registration."""
     rates: NDArray[np.float32]
@@ -71,6 +74,7 @@ class ServerState:
 def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and remove all but the newest `keep`."""
     arrays: dict[str, NDArray[Any]] = {name: getattr(state, name) for name in _ARRAYS}
+    arrays["edits"] = state.edits.array()
     arrays |= {f"unit/{unit_name(unit)}": value for unit, value in state.units.items()}
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
@@ -112,6 +116,7 @@ def load_checkpoint(path: Path) -> ServerState:
         personal.setdefault(int(owner), {})[parse_unit(unit)] = arrays[name]
     return ServerState(
         units=units, personal=personal, moments={unit: tuple(values) for unit, values in moments.items()},
+        edits=EditLog.of_array(arrays["edits"]),
         **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
     )  # fmt: skip
 

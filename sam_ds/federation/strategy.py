@@ -26,14 +26,17 @@ from tqdm.auto import tqdm
 from sam_ds.clients.generations import drop_before, generation
 from sam_ds.clients.task import Task
 from sam_ds.errors import InputError
-from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer
+from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer, weight_warnings
+from sam_ds.federation.graphs import UNKNOWN, graph_records
 from sam_ds.federation.messages import blobs_of, count_bytes, counters_of, reply_content, task_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
+from sam_ds.federation.robust import RobustAggregator, new_aggregator
 from sam_ds.federation.scores import heard, load_shares, running_mean
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
+from sam_ds.graph.privacy import clip_counters
 from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import (
     ByteCount,
@@ -66,6 +69,13 @@ class SamStrategy(Strategy):
         self._planned: Planned | None = None
         self._down: dict[int, ByteCount] = {}
         self._clock = RoundClock()
+        self._known: dict[int, int] = {}
+        """Edits of the graph that a client is known to hold (`graphs.py`)."""
+        self._spool = run / "spool"
+        """Where a round's replies wait for their turn, and a robust rule keeps the deltas of those accepted."""
+        self._warnings: dict[str, str] = {}
+        self._said: set[str] = set()
+        """Kinds of warnings that the terminal has seen."""
 
     def summary(self) -> None:
         config = self.server.config
@@ -110,7 +120,10 @@ class SamStrategy(Strategy):
         self._clock = RoundClock()
         evaluated = self.server.evaluation_seconds
         messages = list(self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid))
+        shutil.rmtree(self._spool, ignore_errors=True)
+        self._spool.mkdir(parents=True)
         _, metrics = self.aggregate_train(round_, self._replies(grid, messages, timeout))
+        shutil.rmtree(self._spool)
         if metrics is None:
             return False
         assert self._planned is not None
@@ -120,7 +133,12 @@ class SamStrategy(Strategy):
         if (due := generation(config, round_ + 1)) > generation(config, round_):
             self.server.redraw()
             record |= {"generation": due}
-        self._evaluate_round(round_, record | {"aggregation": dict(metrics)}, evaluated)
+        for kind, text in self._warnings.items():
+            if kind not in self._said:
+                tqdm.write(f"round {round_}: {text} (said once; metrics.jsonl has it of every round)")
+        self._said |= self._warnings.keys()
+        record |= {"aggregation": dict(metrics), "warnings": list(self._warnings.values())}
+        self._evaluate_round(round_, record, evaluated)
         return True
 
     # ------------------------------------------------------------------ the four of Flower's contract
@@ -147,6 +165,9 @@ class SamStrategy(Strategy):
                 condition=planned.conditions.get(client.client), units=units,
             )  # fmt: skip
             content = task_content(task, {unit_name(unit): encoded[unit] for unit in units})
+            # Taken back until the client says it again: a reply that fails may be for want of the graph.
+            known = self._known.pop(client.client, UNKNOWN)
+            content.update(graph_records(server.state.graph, server.state.edits, task.graph_LEE, known))
             message = Message(content, self._nodes[client.client], "train", group_id=str(server_round))
             self._down[client.client] = self._counted(message, units)
             yield message
@@ -158,7 +179,8 @@ class SamStrategy(Strategy):
         server, planned = self.server, self._planned
         assert planned is not None
         rule = server.method.aggregate(server.config)
-        aggregator: Aggregator[Unit] = Aggregator(rule, total_weight=float(server.state.examples.sum()))
+        total = float(server.state.examples.sum())
+        aggregator = new_aggregator(rule, total_weight=total, folder=self._spool)
         plans = {self._nodes[client.client]: client for client in planned.plan.clients}
         counters = {name: np.zeros_like(server.state.used) for name in ("used", "offered", "together")}
         valid = 0
@@ -167,6 +189,8 @@ class SamStrategy(Strategy):
             try:
                 self._fold(aggregator, counters, reply, client, server_round)
                 valid += 1
+                if reply.content["metrics"]["edits"] == len(server.state.edits):
+                    self._known[client.client] = len(server.state.edits)
             except RejectedUpdate as error:
                 self._log_client(server_round, client, status=f"rejected: {error}")
         for client in plans.values():
@@ -176,7 +200,7 @@ class SamStrategy(Strategy):
         result = aggregator.result()
         selected = len(planned.plan.clients)
         deltas = result.deltas
-        if valid < selected and rule.rule in ("ht", "clipped"):
+        if valid < selected and rule.sums:
             # Those who were drawn but did not answer: the share that did estimates p_answer (design 8).
             deltas = {unit: (delta * (selected / valid)).astype(delta.dtype) for unit, delta in deltas.items()}
         state = server.state
@@ -189,6 +213,7 @@ class SamStrategy(Strategy):
             held_LE = load_shares(planned.plan.clients, server.num_experts)
             state.load = running_mean(state.load, held_LE, server.config.federation.load_decay)
         server.follow_state()
+        self._warnings = weight_warnings(result, rule)
         return None, MetricRecord(_facts(result) | {"p_answer": valid / max(selected, 1), "answers": valid})
 
     def configure_evaluate(
@@ -248,9 +273,7 @@ class SamStrategy(Strategy):
 
     def _replies(self, grid: Grid, messages: list[Message], timeout: float) -> Iterator[Message]:
         """Replies in the order of the messages, each spooled to disk until its turn comes."""
-        spool = self.run / "spool"
-        shutil.rmtree(spool, ignore_errors=True)
-        spool.mkdir(parents=True)
+        spool = self._spool
         order = [message.metadata.dst_node_id for message in messages]
         turn = 0
         pulled = tqdm(
@@ -266,11 +289,11 @@ class SamStrategy(Strategy):
         for node in order[turn:]:
             if (path := spool / f"{node}.bin").exists():
                 yield message_from_proto(ProtoMessage.FromString(path.read_bytes()))
-        shutil.rmtree(spool)
 
     def _fold(
-        self, aggregator: Aggregator[Unit], counters: dict[str, Any], reply: Message, client: ClientPlan, round_: int
-    ) -> None:
+        self, aggregator: Aggregator[Unit] | RobustAggregator[Unit], counters: dict[str, Any], reply: Message,
+        client: ClientPlan, round_: int,
+    ) -> None:  # fmt: skip
         """Check one reply and add it. Raises RejectedUpdate, and then nothing of it is added."""
         server = self.server
         content = reply_content(reply)
@@ -289,6 +312,7 @@ class SamStrategy(Strategy):
             before = server.units_for(client.sent, client.client)
             kept = server.state.personal.setdefault(client.client, {})
             kept.update({unit: before[unit] + delta for unit, delta in own.items()})
+        counts = clip_counters(counts, server.config.counter_bound)
         for layer, (held, value) in enumerate(zip(client.experts, counts, strict=False)):
             for name, count in zip(("used", "offered", "together"), value, strict=True):
                 counters[name][layer][np.ix_(held, held)] += count

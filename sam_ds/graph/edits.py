@@ -46,30 +46,6 @@ class Edit:
         return f"{self.tail} -> {self.head} in layer {self.layer}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EditPolicy:
-    """When and how far the server may change the graph."""
-
-    every: int
-    """T_m, in rounds."""
-    max_edits: int
-    """rho_max, edits a period over all layers."""
-    min_offered: int
-    """Tokens an edge must have been offered, or a pair must have met, before it is judged."""
-    tolerance: float
-    """Rise of the validation loss (nats per token) above which an edit is rolled back."""
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("every", self.every, 1),
-            ("max_edits", self.max_edits, 0),
-            ("min_offered", self.min_offered, 1),
-            ("tolerance", self.tolerance, 0.0),
-        ):
-            if not value >= least:
-                raise InputError(f"edit policy {name} must be at least {least}, got {value}")
-
-
 def apply(graph_LEE: BoolArray, edits: Iterable[Edit]) -> BoolArray:
     """The (L, E, E) graph after the edits, in sequence; the input is not changed.
 

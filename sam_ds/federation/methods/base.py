@@ -71,10 +71,11 @@ def weighted_mean(config: RunConfig) -> AggregationConfig:
 
 
 def aggregation_config(config: RunConfig, rule: str) -> AggregationConfig:
-    """The run's server step with this rule."""
+    """The run's server step and its guard against replies that lie, with this rule."""
     section = config.federation
     return AggregationConfig(
-        rule=rule, clip=section.clip, server_optimizer=section.server_optimizer, server_lr=section.server_lr,
+        rule=rule, clip=section.clip, robust=section.robust, trim=section.trim, norm_bound=section.norm_bound,
+        server_optimizer=section.server_optimizer, server_lr=section.server_lr,
         server_momentum=section.server_momentum, beta_1=section.beta_1, beta_2=section.beta_2, tau=section.tau,
     )  # fmt: skip
 

@@ -21,9 +21,12 @@ from sam_ds.federation.server import Server
 from sam_ds.graph.assembler import client_condition
 from sam_ds.graph.dag import explore, reach_mass, top_edges
 from sam_ds.graph.edits import propose, trial
+from sam_ds.graph.privacy import gaussian_epsilon, noised_counters
 
 _EXPLORE = 3
 """Keeps the generator of exploration apart from those of participation (1, 2)."""
+_DELTA = 1e-5
+"""At which the epsilon of noised counters is given."""
 
 
 def _plan(server: Server, round_: int) -> Planned:
@@ -103,22 +106,34 @@ def _aggregate(config: RunConfig) -> AggregationConfig:
 
 
 def _adapt(server: Server, round_: int) -> dict[str, Any]:
-    """Every T_m rounds: propose edits from the counters, keep those that the validation loss does not refuse."""
+    """Every T_m rounds: propose edits from the counters, noised if asked for, keep those that the validation loss does
+    not refuse. The record's `epsilon` is of this period, and of the run so far (`graph/privacy.py`)."""
     section, state = server.config.federation, server.state
     if round_ % section.edit_every or section.max_edits == 0:
         return {}
+    tables, facts = [state.used, state.offered, state.together], {}
+    if sigma := section.edit_noise:
+        # A client may have been drawn in every round of the period.
+        deviation = sigma * section.edit_every * server.config.counter_bound
+        tables = noised_counters(tables, deviation, server.config.seed, round_)
+        periods = round_ // section.edit_every
+        facts["epsilon"] = {
+            "delta": _DELTA, "period": gaussian_epsilon(sigma, _DELTA),
+            "run": gaussian_epsilon(sigma, _DELTA, releases=periods),
+        }  # fmt: skip
     edits = propose(
-        state.graph, state.used, state.offered, state.together, roots=server.config.sam.roots,
-        max_edits=section.max_edits, min_offered=section.min_offered,
+        state.graph, *tables, roots=server.config.sam.roots, max_edits=section.max_edits,
+        min_offered=section.min_offered,
     )  # fmt: skip
     result = trial(state.graph, edits, server.validation_loss, section.edit_tolerance)
     state.graph = result.graph_LEE
+    state.edits = state.edits.append(round_, result.kept)
     state.gamma = max(state.gamma, result.gamma)
     for counters in (state.used, state.offered, state.together):
         counters[:] = 0
     server.model.set_graph(torch.from_numpy(result.graph_LEE))
     kept = set(result.kept)
-    return {
+    return facts | {
         "edits": [
             {"layer": edit.layer, "tail": edit.tail, "head": edit.head, "kind": edit.kind, "kept": edit in kept,
              "change": change}

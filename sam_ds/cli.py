@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _convert(commands.add_parser("convert", help="a plain model to one of expert graphs, with calibration text"))
     _inspect(commands.add_parser("inspect", help="sizes, graphs and use of the experts of a converted model"))
+    _assemble(commands.add_parser("assemble", help="the graph and the experts for a text of yours, without training"))
     _perplexity(commands.add_parser("perplexity", help="token-weighted perplexity of a model on held-out text"))
     _plan(commands.add_parser("plan", help="memory, bytes and time of a federation before it runs, without weights"))
     report = commands.add_parser("report", help="write report.html of a run, also of one under way")
@@ -84,6 +85,16 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="of that text, evenly over the domains")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--svg", metavar="FILE", help="draw the graphs of all layers")
+
+
+def _assemble(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id of a model that a federation has trained")
+    parser.add_argument("--data", required=True, help="text file (.txt, .jsonl, .json, .parquet), or " + _DATA
+                        + "; its train text is read")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=2048, help="of that text, evenly over the domains")
+    parser.add_argument("--experts", metavar="K", type=int, help="to hold in each layer, roots included (all)")
+    parser.add_argument("--edges", metavar="B", type=int, required=True, help="of each layer's graph, at most")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:

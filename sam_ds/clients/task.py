@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from sam_ds.wire.payload import Unit
 
+REGISTRATION_TOKENS = 2048
+"""Of a client's text, from which its mean gate scores and visit rates are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from sam_ds.clients.generations import factor_seed, generation, weights_folder
+from sam_ds.clients.task import REGISTRATION_TOKENS
 from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus
+from sam_ds.data.corpus import Corpus, Splits
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import headline, perplexity_by_domain
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
+from sam_ds.experts.personal import personal_graph
 from sam_ds.experts.slots import Checkpoint
 from sam_ds.experts.units import (
     expert_weights,
@@ -185,23 +187,45 @@ class Server:
         return self.model.sam_assembler
 
     def evaluate(self, split: str, tokens: int) -> dict[str, Any]:
-        """Perplexities of the merged model and, if asked for, of the sparse one over the server's graph:
+        """Perplexities of the merged model and, if asked for, of the sparse one, each domain over its graph:
         {"merged": {"domains", "headline", "forgetting"}, "sparse": the same or None}."""
         began = time.perf_counter()
         texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
-        result: dict[str, Any] = {"merged": self._score(texts, tokens, self.num_experts), "sparse": None}
+        whole = dict.fromkeys(texts, self.model.graph())
+        result: dict[str, Any] = {"merged": self._score(texts, tokens, self.num_experts, whole), "sparse": None}
         if self.config.evaluation.sparse and self.method.sparse:
-            result["sparse"] = self._score(texts, tokens, self.config.sam.top_k)
+            graphs = self.domain_graphs() if self.method.assembles else whole
+            result["sparse"] = self._score(texts, tokens, self.config.sam.top_k, graphs)
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
-    def _score(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, Any]:
+    def domain_graphs(self) -> dict[str, torch.Tensor]:
+        """(L, E, E) the graph of each domain: the assembler's for a client that holds everything and whose text is the
+        domain's public (or valid) text, as the model sees it now."""
+        edges = self.config.federation.edges
+        return {name: personal_graph(self.model, ids, edges=edges).graph_LEE for name, ids in self._domain_ids.items()}
+
+    @cached_property
+    def _domain_ids(self) -> dict[str, torch.Tensor]:
+        """(B, S) of every domain, as many tokens as a client registers with."""
+        window = self.config.evaluation.window
+        rows = max(1, REGISTRATION_TOKENS // window)
+        return {
+            name: torch.from_numpy(domain_rows(splits, self.tokenizer, window, rows))
+            for name, splits in self.corpus.domains.items()
+        }
+
+    def _score(
+        self, texts: Mapping[str, Sequence[str]], tokens: int, top_k: int, graphs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
         section = self.config.evaluation
-        with self.model.active(top_k):
-            scores = perplexity_by_domain(
-                self.model, self.tokenizer, texts, window=section.window, stride=section.stride,
-                batch=section.batch, max_tokens=tokens,
-            )  # fmt: skip
+        scores = {}
+        for name, own in texts.items():
+            with self.model.active(top_k), self.model.over(graphs[name]):
+                scores |= perplexity_by_domain(
+                    self.model, self.tokenizer, {name: own}, window=section.window, stride=section.stride,
+                    batch=section.batch, max_tokens=tokens,
+                )  # fmt: skip
         forgetting = [name for name in texts if name in self.config.federation.forgetting]
         trained = [name for name in texts if name not in forgetting]
         return {
@@ -214,11 +238,9 @@ class Server:
     def validation_loss(self, graph: NDArray[np.bool_]) -> float:
         """Nats a token of the sparse model over this graph, on a fixed batch of public text."""
         began = time.perf_counter()
-        before = self.model.graph()
-        self.model.set_graph(torch.from_numpy(graph))
         ids = self._validation_rows
-        loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
-        self.model.set_graph(before)
+        with self.model.over(torch.from_numpy(graph)):
+            loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
         self.evaluation_seconds += time.perf_counter() - began
         return loss
 
@@ -239,16 +261,21 @@ def public_rows(
     config: RunConfig, corpus: Corpus, tokenizer: Any, rows: int, *, last: bool = False
 ) -> NDArray[np.int64]:
     """(rows, window) tokens of public text, the same share of every domain; from the start of the public
-    documents (calibration) or from their end (validation). Domains without public documents give of their valid
-    split.
+    documents (calibration) or from their end (validation).
 
     Raises InputError where there is too little text.
     """
-    window = config.evaluation.window
     per_domain = max(1, -(-rows // len(corpus.domains)))
-    parts = []
-    for splits in corpus.domains.values():
-        texts = splits.public or splits.valid
-        packed = pack(texts[::-1] if last else texts, tokenizer, window, limit_tokens=per_domain * window)
-        parts.append(packed[:per_domain])
+    parts = [
+        domain_rows(splits, tokenizer, config.evaluation.window, per_domain, last=last)
+        for splits in corpus.domains.values()
+    ]
     return np.concatenate(parts)[: max(rows, len(corpus.domains))]
+
+
+def domain_rows(
+    splits: Splits, tokenizer: Any, window: int, rows: int, *, last: bool = False
+) -> NDArray[np.int64]:
+    """At most (rows, window) tokens of a domain's public documents, or of its valid split where it has none."""
+    texts = splits.public or splits.valid
+    return pack(texts[::-1] if last else texts, tokenizer, window, limit_tokens=rows * window)

@@ -36,13 +36,15 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The four functions, and whether clients run a sparse model."""
+    """The four functions, whether clients run a sparse model, and whether each has a graph of its own, which the
+    assembler makes."""
 
     plan: Callable[[Server, int], Planned]
     train: Callable[[TierSection], str]
     aggregate: Callable[[RunConfig], AggregationConfig]
     adapt: Callable[[Server, int], dict[str, Any]]
     sparse: bool
+    assembles: bool = False
 
 
 def plan_dense(server: Server, round_: int) -> Planned:

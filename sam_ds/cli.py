@@ -111,6 +111,11 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help=_DATA)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
     parser.add_argument("--dense", action="store_true", help="visit all experts: the merged model")
+    parser.add_argument("--graph", choices=("saved", "full", "random", "zero-shot"), default="saved",
+                        help="what a converted model is routed over; zero-shot: the assembler's, from 2048 tokens of "
+                             "the domain's train text")  # fmt: skip
+    parser.add_argument("--edges", metavar="B", type=int, help="of each layer's random or zero-shot graph")
+    parser.add_argument("--seed", type=int, default=0, help="of the random graph")
     parser.add_argument("--window", type=int, default=256, help="tokens the model sees at once")
     parser.add_argument("--stride", type=int, default=256, help="new tokens a window scores")
     parser.add_argument("--batch", type=int, default=8, help="windows at once")

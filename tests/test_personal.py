@@ -9,14 +9,17 @@ import pytest
 import torch
 from in_process import Federation
 from reference import gate_scores, layer_input
+from transformers import AutoTokenizer
 
 from sam_ds import from_pretrained, personal_graph
 from sam_ds.cli import main
+from sam_ds.commands.reading import token_rows
 from sam_ds.data.batches import pack
+from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import perplexity_by_domain
 from sam_ds.experts.personal import describe_text
-from sam_ds.graph.dag import check_graph
+from sam_ds.graph.dag import check_graph, random_graph
 
 LARGE = 5  # a client of the tier that holds all experts
 
@@ -145,6 +148,54 @@ def test_the_command_prints_graph_and_experts(tiny, folder, tmp_path, capsys):
         assert lines[-2] == f"layer 1: model.layers.1.mlp: holds {held}"
         tail, head = result["layers"][1]["edges"][0]
         assert lines[-1].startswith(f"  9 edges: {tail}>{head} ")
+
+
+def test_perplexity_over_the_graph_that_was_asked_for(tiny, folder, tmp_path, capsys):
+    model, tokenizer = from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    domains = load_corpus(str(tiny.corpus), public_every=0).domains
+
+    def random(edges, seed):
+        rng = np.random.default_rng(seed)
+        return torch.from_numpy(np.stack([random_graph(8, edges, 2, rng) for _ in range(2)]))
+
+    model.set_graph(random(14, 1))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = set()
+    for graph, flags in (("saved", ""), ("full", ""), ("random", "--edges 9 --seed 3"), ("zero-shot", "--edges 9")):
+        arguments = ["--graph", graph, *flags.split(), "--window", "32", "--stride", "32", "--json"]
+        assert main(["perplexity", str(tmp_path), str(tiny.corpus), *arguments]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        for name, splits in domains.items():
+            ids_BS = token_rows({name: splits.train}, tokenizer, window=64, tokens=2048)
+            own = {
+                "saved": model.graph(), "full": torch.ones(2, 8, 8, dtype=torch.bool).triu(1),
+                "random": random(9, 3), "zero-shot": personal_graph(model, ids_BS, edges=9).graph_LEE,
+            }[graph]  # fmt: skip
+            with model.over(own):
+                score = perplexity_by_domain(model, tokenizer, {name: splits.test}, window=32, stride=32, batch=8,
+                                             max_tokens=None)  # fmt: skip
+            assert result["domains"][name]["perplexity"] == pytest.approx(score[name].perplexity)
+        assert (result["graph"], result["edges"]) == (graph, 9 if flags else None)
+        found.add(result["headline"])
+    assert len(found) == 4
+
+
+def test_graphs_that_cannot_be_are_refused(tiny, folder, capsys):
+    for model, flags, words in (
+        (folder, "--graph random", "needs --edges"),
+        (folder, "--edges 9", "not saved"),
+        (folder, "--graph full --dense", "leave out --graph full"),
+        (folder, "--graph zero-shot --edges 9 --split train", "give --split valid or test"),
+        (folder, "--graph zero-shot --edges 5", "edges must be at least 6"),
+        (folder, "--graph random --edges 5", "at least 6 edges"),
+        (folder, "--graph random --edges 9 --seed -1", "--seed must be at least 0"),
+        (tiny.base, "--graph zero-shot --edges 9", "no assembler"),
+        (tiny.model, "--graph full", "is of a converted model"),
+    ):
+        sizes = ["--window", "32", "--stride", "32"]
+        assert main(["perplexity", str(model), str(tiny.corpus), *sizes, *flags.split()]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_bad_input_ends_with_2_and_says_what(tiny, folder, tmp_path, capsys):

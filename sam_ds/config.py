@@ -79,6 +79,7 @@ class FederationSection(Checked):
     max_edits: Natural = 8  # rho_max, over all layers
     min_offered: Natural = 200  # times an edge must have been offered before it may be pruned
     edit_tolerance: NonNegative = 1e-3  # nats per token; an edit that costs more is rolled back
+    refit_standins: bool = False  # every T_m rounds, after the edits: on public text, as the experts have drifted
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # per round
 
@@ -190,6 +191,9 @@ class RunConfig(Checked):
         _at_most("federation.clients_per_round", federation.clients_per_round,
                  "federation.clients", federation.clients)
         _at_most("evaluation.stride", evaluation.stride, "evaluation.window", evaluation.window)
+        if federation.refit_standins and sam.standin == "none":
+            raise InputError("federation.refit_standins = true, but sam.standin = 'none' has nothing to fit: give "
+                             "false, or stand-ins 'mean' or 'linear'")
         free = sam.num_experts - sam.roots
         if federation.edges < free:
             raise InputError(f"federation.edges must be at least sam.num_experts - sam.roots = {free}, got "

@@ -34,6 +34,7 @@ def random_state(round_=3, *, moments=2, seed=0):
         graph=rng.random((2, 4, 4)) < 0.5, scores=rng.normal(size=(3, 2, 4)).astype(np.float32),
         rates=rng.random((3, 2, 4)).astype(np.float32), examples=rng.integers(1, 99, size=3),
         ever_held=rng.random((3, 2, 4)) < 0.5, losses=[3.1, 0.1 + 0.2], gamma=1 / 3, **counters,
+        standins=rng.normal(size=(2, 4, 3, 5)).astype(np.float32) if moments else None,
     )  # fmt: skip
 
 

@@ -106,7 +106,8 @@ class TierEngine:
         if (due := generation(self.config, task.round)) != self._generation:
             self._begin(due)
         if self.sparse:
-            hold_experts(self.layers, self.store, task.held)
+            cores = self.store.core if task.standins is None else torch.from_numpy(task.standins).unbind()
+            hold_experts(self.layers, cores, task.held)
             self.model.set_graph(torch.from_numpy(task.graph_LEE))
             self.model.sam_condition = torch.from_numpy(task.condition)
         write_parameters(self.engine, self._values(units, task.held))
@@ -211,7 +212,7 @@ class TierEngine:
         through the experts used most on calibration text: what the tier's memory allows."""
         self._enter()
         most_used = tuple(tuple(range(layer.slots)) for layer in self.layers)
-        hold_experts(self.layers, self.store, most_used)
+        hold_experts(self.layers, self.store.core, most_used)
         write_parameters(self.engine, self._untrained(most_used))
         self._visit(whole=False)
         self.engine.eval()

@@ -1,7 +1,7 @@
 """What the server and a client say to each other, as Flower records. Tensors are codec blobs; nothing is pickled.
 
     query    {}                                          -> examples, mean gate scores, visit rates
-    train    units, graph, condition, the task's scalars -> deltas, counters, metrics
+    train    units, graph, condition, refitted stand-ins, the task's scalars -> deltas, counters, metrics
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
     extra = {"graph": encode(task.graph_LEE, base_round=task.round)}
     if task.condition is not None:
         extra["condition"] = encode(task.condition, base_round=task.round)
+    if task.standins is not None:
+        extra["standins"] = encode(task.standins, base_round=task.round)
     scalars = ConfigRecord(
         {
             "round": task.round, "client": task.client, "tier": task.tier, "trains": task.trains,
@@ -82,6 +84,7 @@ def task_of(content: RecordDict) -> Task:
         graph_LEE=decode(extra["graph"])[0],
         condition=decode(extra["condition"])[0] if "condition" in extra else None,
         units=decode_units(blobs_of(content["units"]), base_round=round_),
+        standins=decode(extra["standins"])[0] if "standins" in extra else None,
     )  # fmt: skip
 
 

@@ -28,10 +28,12 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, Splits
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import headline, perplexity_by_domain
+from sam_ds.experts.calibrate import refit_layer
 from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.experts.inputs import layer_inputs
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.personal import personal_graph
-from sam_ds.experts.slots import Checkpoint
+from sam_ds.experts.slots import Checkpoint, hold_experts
 from sam_ds.experts.units import (
     expert_weights,
     prepare,
@@ -180,6 +182,20 @@ class Server:
         units = {unit: torch.from_numpy(value) for unit, value in self.state.units.items()}
         write_units(units, self._fields, self._shared, self._parameters, self._everything)
         self.model.set_graph(torch.from_numpy(self.state.graph))
+        if self.state.standins is not None:
+            hold_experts(self.model.sam_layers, torch.from_numpy(self.state.standins).unbind(), self._everything)
+
+    def refit_standins(self) -> float:
+        """Fit the stand-ins to the experts as they have become, layer by layer on the calibration text, each on what
+        the layers before it are now (design 3); returns the seconds it took."""
+        began = time.perf_counter()
+        layers, cores = self.model.sam_layers, []
+        inputs = layer_inputs(self.model, layers, [self._calibration_rows])
+        for index, layer in enumerate(layers):
+            cores.append(refit_layer(layer, next(inputs), seed=self.config.seed + index))
+            hold_experts([layer], cores[-1:], [range(self.num_experts)])
+        self.state.standins = torch.stack(cores).numpy()
+        return time.perf_counter() - began
 
     def assembler(self) -> Assembler:
         """The shared assembler as it is now."""
@@ -248,6 +264,10 @@ class Server:
     def _validation_rows(self) -> torch.Tensor:
         return torch.from_numpy(public_rows(self.config, self.corpus, self.tokenizer, _VALIDATION_ROWS, last=True))
 
+    @cached_property
+    def _calibration_rows(self) -> torch.Tensor:
+        return torch.from_numpy(calibration_rows(self.config, self.corpus, self.tokenizer))
+
     def save_model(self, folder: Path) -> None:
         """Fold everything learned into the weights and save them with the graph. The last thing a run does."""
         self.model.fold_lora()
@@ -255,6 +275,11 @@ class Server:
             parameter.requires_grad_(True)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def calibration_rows(config: RunConfig, corpus: Corpus, tokenizer: Any) -> NDArray[np.int64]:
+    """(rows, window): what the base model is converted with, as `public_rows`."""
+    return public_rows(config, corpus, tokenizer, -(-config.sam.calibration_tokens // config.evaluation.window))
 
 
 def public_rows(

@@ -55,6 +55,8 @@ class ServerState:
     """Base experts downloaded in the generations before it."""
     factor_seed: int | None = None
     """What the frozen low-rank factors of the next round are drawn from; None where there are none."""
+    standins: NDArray[np.float32] | None = None
+    """(L, E, Q, p) the stand-ins' cores since they were refitted; None: as they came with the base model."""
     losses: list[float] = field(default_factory=list)
     """Validation loss after each round, round 0 first; nats a token."""
     gamma: float = 0.0
@@ -65,6 +67,8 @@ def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     """Write `folder/round-NNNNN.safetensors` atomically and remove all but the newest `keep`."""
     arrays: dict[str, NDArray[Any]] = {name: getattr(state, name) for name in _ARRAYS}
     arrays |= {f"unit/{unit_name(unit)}": value for unit, value in state.units.items()}
+    if state.standins is not None:
+        arrays["standins"] = state.standins
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
@@ -99,7 +103,7 @@ def load_checkpoint(path: Path) -> ServerState:
         moments.setdefault(parse_unit(name.partition("/")[2]), []).append(arrays[name])
     return ServerState(
         units=units, moments={unit: tuple(values) for unit, values in moments.items()},
-        **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
+        standins=arrays.get("standins"), **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
     )  # fmt: skip
 
 

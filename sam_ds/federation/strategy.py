@@ -141,11 +141,12 @@ class SamStrategy(Strategy):
             task = Task(
                 round=server_round, client=client.client, tier=client.tier, trains=server.trains,
                 held=client.experts, sent=client.sent, graph_LEE=planned.graphs[client.client],
-                condition=planned.conditions.get(client.client), units=units,
+                condition=planned.conditions.get(client.client), units=units, standins=server.state.standins,
             )  # fmt: skip
             content = task_content(task, {unit_name(unit): encoded[unit] for unit in units})
             message = Message(content, self._nodes[client.client], "train", group_id=str(server_round))
-            self._down[client.client] = count_bytes(message, sum(value.nbytes for value in units.values()))
+            raw = sum(value.nbytes for value in units.values()) + (0 if task.standins is None else task.standins.nbytes)
+            self._down[client.client] = count_bytes(message, raw)
             yield message
 
     def aggregate_train(

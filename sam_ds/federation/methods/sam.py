@@ -80,10 +80,19 @@ def _aggregate(config: RunConfig) -> AggregationConfig:
 
 
 def _adapt(server: Server, round_: int) -> dict[str, Any]:
-    """Every T_m rounds: propose edits from the counters, keep those that the validation loss does not refuse."""
-    section, state = server.config.federation, server.state
-    if round_ % section.edit_every or section.max_edits == 0:
+    """Every T_m rounds: edit the graph, then fit the stand-ins to what the experts have become."""
+    section = server.config.federation
+    if round_ % section.edit_every:
         return {}
+    record = _edit(server) if section.max_edits else {}
+    if section.refit_standins:
+        record["standin_seconds"] = server.refit_standins()
+    return record
+
+
+def _edit(server: Server) -> dict[str, Any]:
+    """Propose edits from the counters, keep those that the validation loss does not refuse."""
+    section, state = server.config.federation, server.state
     edits = propose(
         state.graph, state.used, state.offered, state.together, roots=server.config.sam.roots,
         max_edits=section.max_edits, min_offered=section.min_offered,

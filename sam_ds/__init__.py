@@ -1,9 +1,9 @@
 """sam_ds: self-assembling expert graphs. Federated learning of the weights and the topology of a language model.
 
 The public verbs are `get_sam_model`, `distill` and `from_pretrained`; `to_deepspeed_moe`, `to_views` and `to_nf4`,
-which say what computes the experts; `add_lora`, `save_adapter` and `load_adapter`. A converted model has
-`save_pretrained`, `merge_and_unload`, `unload`, `print_trainable_parameters`, `active` and `set_graph` beside
-everything its own class has.
+which say what computes the experts; `add_lora`, `save_adapter` and `load_adapter`; `personal_graph`. A converted model
+has `save_pretrained`, `merge_and_unload`, `unload`, `print_trainable_parameters`, `active`, `over` and `set_graph`
+beside everything its own class has.
 """
 
 from importlib import import_module
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from sam_ds.experts.deepspeed_moe import to_deepspeed_moe, to_views
     from sam_ds.experts.distill import DistillConfig, distill
     from sam_ds.experts.nf4 import to_nf4
+    from sam_ds.experts.personal import PersonalGraph, personal_graph
 
 __all__ = [
-    "DistillConfig", "InputError", "SamConfig", "add_lora", "distill", "from_pretrained", "get_sam_model",
-    "load_adapter", "save_adapter", "to_deepspeed_moe", "to_nf4", "to_views",
+    "DistillConfig", "InputError", "PersonalGraph", "SamConfig", "add_lora", "distill", "from_pretrained",
+    "get_sam_model", "load_adapter", "personal_graph", "save_adapter", "to_deepspeed_moe", "to_nf4", "to_views",
 ]  # fmt: skip
 
 _LAZY = {
     "SamConfig": "config", "DistillConfig": "distill", "distill": "distill", "from_pretrained": "checkpoint",
     "get_sam_model": "convert", "to_deepspeed_moe": "deepspeed_moe", "to_views": "deepspeed_moe",
     "to_nf4": "nf4", "add_lora": "adapter", "save_adapter": "adapter",
-    "load_adapter": "adapter",
+    "load_adapter": "adapter", "PersonalGraph": "personal", "personal_graph": "personal",
 }  # fmt: skip
 
 

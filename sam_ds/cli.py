@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _convert(commands.add_parser("convert", help="a plain model to one of expert graphs, with calibration text"))
     _inspect(commands.add_parser("inspect", help="sizes, graphs and use of the experts of a converted model"))
+    _assemble(commands.add_parser("assemble", help="the graph and the experts for a text of yours, without training"))
     _perplexity(commands.add_parser("perplexity", help="token-weighted perplexity of a model on held-out text"))
     _plan(commands.add_parser("plan", help="memory, bytes and time of a federation before it runs, without weights"))
     report = commands.add_parser("report", help="write report.html of a run, also of one under way")
@@ -86,6 +87,16 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svg", metavar="FILE", help="draw the graphs of all layers")
 
 
+def _assemble(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub id of a model that a federation has trained")
+    parser.add_argument("--data", required=True, help="text file (.txt, .jsonl, .json, .parquet), or " + _DATA
+                        + "; its train text is read")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=2048, help="of that text, evenly over the domains")
+    parser.add_argument("--experts", metavar="K", type=int, help="to hold in each layer, roots included (all)")
+    parser.add_argument("--edges", metavar="B", type=int, required=True, help="of each layer's graph, at most")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="TOML file of the run; its model may be a folder with a config.json only")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -100,6 +111,11 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", help=_DATA)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test")
     parser.add_argument("--dense", action="store_true", help="visit all experts: the merged model")
+    parser.add_argument("--graph", choices=("saved", "full", "random", "zero-shot"), default="saved",
+                        help="what a converted model is routed over; zero-shot: the assembler's, from 2048 tokens of "
+                             "the domain's train text")  # fmt: skip
+    parser.add_argument("--edges", metavar="B", type=int, help="of each layer's random or zero-shot graph")
+    parser.add_argument("--seed", type=int, default=0, help="of the random graph")
     parser.add_argument("--window", type=int, default=256, help="tokens the model sees at once")
     parser.add_argument("--stride", type=int, default=256, help="new tokens a window scores")
     parser.add_argument("--batch", type=int, default=8, help="windows at once")

@@ -87,6 +87,7 @@ class FederationSection(Checked):
     max_edits: Natural = 8  # rho_max, over all layers
     min_offered: Natural = 200  # times an edge must have been offered before it may be pruned
     edit_tolerance: NonNegative = 1e-3  # nats per token; an edit that costs more is rolled back
+    refit_standins: bool = False  # every T_m rounds, after the edits: on public text, as the experts have drifted
     shift_round: Natural = 0  # from this round on a client has the documents of the next one; 0 = never
     edit_noise: NonNegative = 0.0  # on the counters, in units of what one client can change in a period; 0 = none
     edit_clip: Positive = 16.0  # with noise: L2 norm of a client's counters, over a round's tokens; 8 sqrt(L) is usual
@@ -208,6 +209,9 @@ class RunConfig(Checked):
         _at_most("federation.clients_per_round", federation.clients_per_round,
                  "federation.clients", federation.clients)
         _at_most("evaluation.stride", evaluation.stride, "evaluation.window", evaluation.window)
+        if federation.refit_standins and sam.standin == "none":
+            raise InputError("federation.refit_standins = true, but sam.standin = 'none' has nothing to fit: give "
+                             "false, or stand-ins 'mean' or 'linear'")
         free = sam.num_experts - sam.roots
         if federation.edges < free:
             raise InputError(f"federation.edges must be at least sam.num_experts - sam.roots = {free}, got "

@@ -271,6 +271,9 @@ def assert_equal_states(one: Any, other: Any) -> None:
     for unit, values in one.moments.items():
         for mine, yours in zip(values, other.moments[unit], strict=True):
             np.testing.assert_array_equal(mine, yours, err_msg=str(unit))
+    assert (one.standins is None) == (other.standins is None)
+    if one.standins is not None:
+        np.testing.assert_array_equal(one.standins, other.standins)
 
 
 def task_for(server: Server, client: int, *, round_: int = 1, seed: int = 0) -> Task:
@@ -288,4 +291,5 @@ def task_for(server: Server, client: int, *, round_: int = 1, seed: int = 0) -> 
         round=round_, client=client, tier=tier, trains=server.trains, held=tuple(held), sent=tuple(held),
         graph_LEE=state.graph, condition=condition_of(server, client) if sparse else None,
         units=server.units_for(held, client),
+        standins=state.standins,
     )  # fmt: skip

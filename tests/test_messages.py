@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
@@ -41,14 +43,19 @@ def sent(content):
 @pytest.mark.parametrize("method", ["sam", "fedavg", "fedit"])
 def test_task_round_trip(tiny, tmp_path, method):
     task = task_for(Federation.of(tiny.config(tmp_path, f"method={method}"), tiny.base).server, 4, round_=7)
+    assert task.standins is None
+    if method == "sam":
+        task = replace(task, standins=np.random.default_rng(0).normal(size=(2, 8, 5, 12)).astype(np.float32))
     found = task_of(sent(task_content(task, encode_units(task.units, base_round=7))), task.graph_LEE)
     assert (found.round, found.client, found.tier, found.trains) == (7, 4, "medium", task.trains)
     assert found.held == task.held
     assert found.graph_LEE is task.graph_LEE
     if method == "sam":
         np.testing.assert_array_equal(found.condition, task.condition)
+        np.testing.assert_array_equal(found.standins, task.standins)
     else:
         assert found.condition is None and task.condition is None
+        assert found.standins is None
     assert found.units.keys() == task.units.keys()
     for unit, value in task.units.items():
         np.testing.assert_array_equal(found.units[unit], value)

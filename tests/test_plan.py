@@ -23,23 +23,26 @@ LORA = tuple(f"tiers.{tier}.trains=lora" for tier in CLIENTS)
 
 
 @pytest.mark.parametrize("overrides", [(), LORA, (*LORA, "train.dense=false", "tiers.large.sends=3"),
-                                       (*LORA, "train.attention_rank=3", "wire.values=bf16")])
+                                       (*LORA, "train.attention_rank=3", "wire.values=bf16"),
+                                       ("federation.refit_standins=true",)])
 def test_bytes_and_flops_are_those_of_a_run(tiny, new_worker, tmp_path, overrides):
     config = tiny.config(tmp_path, *overrides)
     server = Federation.of(config, tiny.base).server
+    if refits := config.federation.refit_standins:
+        server.refit_standins()
     plan = plan_run(config, ranks=2, rank_gib=1.0)
     assert [own.clients for own in plan.tiers] == [server.tiers.count(name) for name in CLIENTS]
     for own in plan.tiers:
         task = task_for(server, CLIENTS[own.name])
         task = replace(task, sent=tuple(held[: own.tier.sends or len(held)] for held in task.sent))
-        result = new_worker(*overrides).train(task)
+        result = new_worker(*(() if refits else overrides)).train(task)
         sent = sum(value.nbytes for unit, value in task.units.items())
-        assert own.down == sent
+        assert own.down == sent + (0 if task.standins is None else task.standins.nbytes)
         counters = sum(value.nbytes for value in result.counters)
         width = 2 if config.wire.values == "bf16" else 4
         assert own.up == width * sum(value.size for value in result.deltas.values()) + counters
         # Where everything trains nothing is frozen.
-        assert (own.first > 0) == (overrides != ())
+        assert (own.first > 0) == (LORA[0] in overrides)
         held = ClientPlan(
             client=task.client, tier=own.name, experts=task.held, h=np.ones((2, 8)), pi=1.0, sent=task.sent
         )  # fmt: skip

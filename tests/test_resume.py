@@ -17,7 +17,7 @@ from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoin
 
 OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5")
 CLOCKS = ("wall_seconds", "evaluation_seconds", "work_seconds", "orchestration_seconds", "train_seconds",
-          "load_seconds", "orchestration_share", "bytes_up", "bytes_down", "config")  # fmt: skip
+          "load_seconds", "orchestration_share", "standin_seconds", "bytes_up", "bytes_down", "config")  # fmt: skip
 
 
 @pytest.fixture

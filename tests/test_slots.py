@@ -58,7 +58,7 @@ def client(folder, full, held, top_k, graph_LEE, trains="full"):
     units = read_units(trained_fields(full, trains), shared_parameters(full, trains), everything, EVERY)
     own = dict(model.named_parameters())
     write_units(units, trained_fields(model, trains), shared_parameters(model, trains), own, held)
-    hold_experts(model.sam_layers, store, held)
+    hold_experts(model.sam_layers, store.core, held)
     model.set_graph(graph_LEE)
     trained = {field.parameter for field in trained_fields(model, trains)}
     checkpoint = Checkpoint(folder)
@@ -123,7 +123,7 @@ def test_one_engine_serves_one_client_after_the_other(folder, full):
     own = dict(used.named_parameters())
     units = read_units(trained_fields(full, "full"), {}, dict(full.named_parameters()), EVERY)
     write_units(units, trained_fields(used, "full"), {}, own, HELD)
-    hold_experts(used.sam_layers, store, HELD)
+    hold_experts(used.sam_layers, store.core, HELD)
     used.set_graph(graph(1))
     assert torch.equal(used(input_ids=ids).logits, fresh(input_ids=ids).logits)
 

@@ -38,8 +38,8 @@ def linear_problem(rank=Q):
     return chunks, shift_Ed, basis_dq, out_Eqd
 
 
-def fit(chunks, mean_Ed, rank, outputs=D):
-    return fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=rank, outputs=outputs)
+def fit(chunks, mean_Ed, rank, outputs=D, bases=None):
+    return fit_standins(lambda: iter(chunks), mean_Ed=mean_Ed, roots=ROOTS, rank=rank, outputs=outputs, bases=bases)
 
 
 def parts_of(fitted):
@@ -70,6 +70,21 @@ def test_roots_have_no_standin_and_rank_zero_keeps_the_means():
     kept = fit(chunks, mean_Ed, 0, outputs=E - ROOTS)
     assert kept.basis_dq.shape == (D, 0) and kept.core_EQp.shape == (E, 1, E - ROOTS)
     torch.testing.assert_close(parts_of(kept)[0], mean_Ed)
+
+
+@pytest.mark.parametrize("rank", [0, Q])
+def test_on_given_bases_only_the_core_is_fitted(rank):
+    chunks, *_ = linear_problem()
+    mean_Ed = torch.randn(E, D)
+    mean_Ed[0] = 0
+    first = fit(chunks, mean_Ed, rank, 3)
+    bases = (first.basis_dq, first.spread_pd)
+    assert torch.equal(fit(chunks, mean_Ed, rank, 3, bases).core_EQp, first.core_EQp)
+    # Another output over the same inputs, in the directions that W keeps.
+    doubled = [(x_Td, 2 * residual_Td, missing_TE) for x_Td, residual_Td, missing_TE in chunks]
+    again = fit(doubled, 2 * mean_Ed, rank, 3, bases)
+    assert again.basis_dq is first.basis_dq and again.spread_pd is first.spread_pd
+    torch.testing.assert_close(again.core_EQp, 2 * first.core_EQp)
 
 
 @pytest.mark.parametrize("outputs", [False, True])

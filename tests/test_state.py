@@ -39,6 +39,7 @@ def random_state(round_=3, *, moments=2, seed=0):
         ever_held=rng.random((3, 2, 4)) < 0.5, losses=[3.1, 0.1 + 0.2], gamma=1 / 3, **counters,
         edits=EditLog().append(1, [Edit(layer=0, tail=0, head=3, kind="promote")]).append(
             3, [Edit(layer=1, tail=0, head=2, kind="prune"), Edit(layer=0, tail=0, head=3, kind="prune")]),
+        standins=rng.normal(size=(2, 4, 3, 5)).astype(np.float32) if moments else None,
     )  # fmt: skip
 
 

@@ -80,10 +80,10 @@ def converted_llama(
 
 def _client(options: argparse.Namespace, folder: str, held: int) -> PreTrainedModel:
     model = from_pretrained(folder)
-    store = StandInStore(model)
+    cores = StandInStore(model).core
     weights = {field.parameter: model.get_parameter(field.parameter).detach() for field in expert_weights(model)}
     to_slots(model, held)
-    hold_experts(model.sam_layers, store, [range(held)] * options.layers)
+    hold_experts(model.sam_layers, cores, [range(held)] * options.layers)
     with torch.no_grad():
         for field in expert_weights(model):
             for slot in range(held):

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from sam_ds.wire.payload import Unit
 
+REGISTRATION_TOKENS = 2048
+"""Of a client's text, from which its mean gate scores and visit rates are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -29,6 +32,8 @@ class Task:
     condition: NDArray[np.float32] | None
     """(L, E + 1) for the assembler; None where the method has none."""
     units: Mapping[Unit, NDArray[np.float32]]
+    standins: NDArray[np.float32] | None = None
+    """(L, E, Q, p) the stand-ins' cores since they were refitted; None: as they came with the base model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from sam_ds.clients.ds_config import ds_config
 from sam_ds.clients.engine import (
@@ -31,6 +30,7 @@ from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
+from sam_ds.experts.personal import describe_text
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import (
     Field,
@@ -41,7 +41,7 @@ from sam_ds.experts.units import (
     trained_fields,
     write_units,
 )
-from sam_ds.graph.route import Counters, route
+from sam_ds.graph.route import Counters
 from sam_ds.wire.payload import SharedUnit, Unit
 
 
@@ -109,7 +109,8 @@ class TierEngine:
         if (due := generation(self.config, task.round)) != self._generation:
             self._begin(due)
         if self.sparse:
-            hold_experts(self.layers, self.store, task.held)
+            cores = self.store.core if task.standins is None else torch.from_numpy(task.standins).unbind()
+            hold_experts(self.layers, cores, task.held)
             self.model.set_graph(torch.from_numpy(task.graph_LEE))
             self.model.sam_condition = torch.from_numpy(task.condition)
         write_parameters(self.engine, self._values(units, task.held))
@@ -220,36 +221,15 @@ class TierEngine:
         through the experts used most on calibration text: what the tier's memory allows."""
         self._enter()
         most_used = tuple(tuple(range(layer.slots)) for layer in self.layers)
-        hold_experts(self.layers, self.store, most_used)
-        for layer in self.layers:
-            layer.counters = None
-            layer.sam.adjacency_SS.fill_(True).triu_(1)
+        hold_experts(self.layers, self.store.core, most_used)
         write_parameters(self.engine, self._untrained(most_used))
-        scores: list[Tensor] = []
-        rates: list[Tensor] = []
-
-        def look(index: int, x_Td: Tensor) -> None:
-            layer = self.layers[index]
-            score_TE = F.linear(layer.gate_features(x_Td), self.store.wg[index].to(x_Td.device))
-            full_EE = torch.ones(score_TE.shape[1], score_TE.shape[1], dtype=torch.bool, device=x_Td.device).triu(1)
-            routing = route(score_TE, full_EE, roots=layer.roots, k=self.budgets[index])
-            scores.append(score_TE.mean(0))
-            rates.append(routing.visited_TS.float().mean(0))
-
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, args, index=index: look(index, args[0].reshape(-1, args[0].shape[-1]))
-            )
-            for index, layer in enumerate(self.layers)
-        ]
         self._visit(whole=False)
         self.engine.eval()
-        try:
-            self.engine(input_ids=ids_BS.to(self.engine.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.stack(scores).cpu().numpy(), torch.stack(rates).cpu().numpy()
+        scores_LE, rates_LE = describe_text(
+            self.layers, self.store.wg, self.budgets,
+            lambda: self.engine(input_ids=ids_BS.to(self.engine.device), use_cache=False),
+        )  # fmt: skip
+        return scores_LE.numpy(), rates_LE.numpy()
 
     def _untrained(self, held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
         """What training changes, as it was before any; the experts' own weights, before any of this generation."""

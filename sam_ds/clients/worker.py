@@ -17,15 +17,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from sam_ds.clients.task import Result, Task, WorkerGroup
+from sam_ds.clients.task import REGISTRATION_TOKENS, Result, Task, WorkerGroup
 from sam_ds.clients.tier_engine import TierEngine
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import batch_indices, pack
 from sam_ds.data.partition import ClientData
 from sam_ds.errors import InputError
 from sam_ds.wire.payload import ExpertUnit
-
-_REGISTRATION_TOKENS = 2048
 
 
 class Worker:
@@ -78,7 +76,7 @@ class Worker:
         """
         engine = self.engine(tier, trains)
         rows = self.rows(client)
-        seen = rows[: max(1, _REGISTRATION_TOKENS // self.config.train.sequence)]
+        seen = rows[: max(1, REGISTRATION_TOKENS // self.config.train.sequence)]
         scores, rates = engine.describe(torch.from_numpy(seen))
         return len(rows), scores, rates
 

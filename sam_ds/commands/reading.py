@@ -1,4 +1,4 @@
-"""What several commands read: rows of tokens from a corpus.
+"""What several commands read: texts, and rows of tokens from them.
 
 B rows, S tokens a row.
 """
@@ -6,13 +6,28 @@ B rows, S tokens a row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sam_ds.data.corpus import READERS, load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import document_ids
+
+
+def texts_of(data: str) -> dict[str, tuple[str, ...]]:
+    """The documents of a file, or the train documents of each domain of what `load_corpus` takes.
+
+    Raises InputError as that does, and for a file of another kind.
+    """
+    file = Path(data).expanduser()
+    if not file.is_file():
+        return {name: splits.train for name, splits in load_corpus(data, public_every=0).domains.items()}
+    if file.suffix not in READERS:
+        raise InputError(f"{data} is no text that can be read: give a file of {', '.join(READERS)}, or a folder")
+    return {data: tuple(text for text in READERS[file.suffix](file) if text.strip())}
 
 
 def token_rows(

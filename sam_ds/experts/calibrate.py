@@ -24,7 +24,7 @@ from sam_ds.errors import InputError
 from sam_ds.experts.inputs import DISCOVERY_TOKENS
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.router import fit_router
-from sam_ds.experts.standins import fit_standins
+from sam_ds.experts.standins import StandIns, fit_standins
 from sam_ds.experts.surgery import FFN
 from sam_ds.graph.dag import initial_graph
 from sam_ds.graph.widest import thresholds, widths
@@ -101,13 +101,9 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
     """
     num_experts, roots = layer.slots, layer.roots
     ffn, sam = layer.ffn, layer.sam
-    # Every chunk of tokens a fair sample, for the text is often ordered by where it comes from.
-    x_Td = x_Td[torch.randperm(len(x_Td), generator=torch.Generator().manual_seed(seed)).to(x_Td.device)]
+    x_Td = _shuffled(x_Td, seed)
     down_End = layer.slots_out(layer.matrices()[2]).float()
-    center_m = torch.zeros_like(down_End[..., 0]).flatten()
-    if standin != "none":
-        for x_chunk in x_Td.split(_CHUNK):
-            center_m += hidden_of(ffn, x_chunk).sum(0) / x_Td.shape[0]
+    center_m = _center(layer, x_Td) if standin != "none" else torch.zeros_like(down_End[..., 0]).flatten()
     lost, root = [], []
     for x_chunk in x_Td.split(_CHUNK):
         hidden_Tm = hidden_of(ffn, x_chunk)
@@ -124,8 +120,51 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
     graph_EE = initial_graph(affinity_EE.double().numpy(), density=density, roots=roots)
     sam.adjacency_SS.copy_(torch.from_numpy(graph_EE))
     set_thresholds(layer, scores_TE)
-    if standin == "none":
-        return affinity_EE
+    if standin != "none":
+        fitted = _fit(layer, x_Td, scores_TE, center_m, seed=seed)
+        sam.basis_dq.copy_(fitted.basis_dq)
+        sam.spread_pd.copy_(fitted.spread_pd)
+        sam.core_SQp.copy_(fitted.core_EQp)
+        sam.core_all_Qp.copy_(fitted.core_EQp.sum(0))
+    return affinity_EE
+
+
+@torch.no_grad()
+def refit_layer(layer: SamFFN, x_Td: Tensor, *, seed: int) -> Tensor:
+    """(E, Q, p) the core that fits the stand-ins of a layer to experts that have changed, low-rank updates among them,
+    and to the routes of now; both bases stay."""
+    x_Td = _shuffled(x_Td, seed)
+    bases = (layer.sam.basis_dq, layer.sam.spread_pd)
+    return _fit(layer, x_Td, layer.scores(x_Td), _center(layer, x_Td), seed=seed, bases=bases).core_EQp
+
+
+def _shuffled(x_Td: Tensor, seed: int) -> Tensor:
+    """Every chunk of tokens a fair sample, for the text is often ordered by where it comes from."""
+    return x_Td[torch.randperm(len(x_Td), generator=torch.Generator().manual_seed(seed)).to(x_Td.device)]
+
+
+def _hidden(layer: SamFFN, x_Td: Tensor) -> Tensor:
+    """`hidden_of`, low-rank updates included."""
+    hidden_Tm = layer.hidden(x_Td.to(layer.matrices()[0].dtype)).float()
+    check_finite(layer.ffn.path, hidden_Tm)
+    return hidden_Tm
+
+
+def _center(layer: SamFFN, x_Td: Tensor) -> Tensor:
+    """(m,) the neurons' means."""
+    return torch.stack([_hidden(layer, x_chunk).sum(0) / len(x_Td) for x_chunk in x_Td.split(_CHUNK)]).sum(0)
+
+
+def _fit(
+    layer: SamFFN, x_Td: Tensor, scores_TE: Tensor, center_m: Tensor, *, seed: int,
+    bases: tuple[Tensor, Tensor] | None = None,
+) -> StandIns:  # fmt: skip
+    """The stand-ins of what the layer's routes, and others, leave out."""
+    num_experts, roots = layer.slots, layer.roots
+    down_md = layer.matrices()[2]
+    if layer.lora is not None:
+        down_md = down_md + layer.lora.deltas()["down"]
+    down_End = layer.slots_out(down_md).float()
 
     def chunks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         # One set of stand-ins serves every budget: half of the fit sees the layer's own routes, a quarter those of
@@ -143,19 +182,14 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
             else:
                 visited_TE = layer.reached(scores[index], k)
             # The masked dense layer: what the unvisited experts would have added, means aside.
-            hidden_Tm = (hidden_of(ffn, x_chunk) - center_m).unflatten(1, (num_experts, -1))
+            hidden_Tm = (_hidden(layer, x_chunk) - center_m).unflatten(1, (num_experts, -1))
             missed_Tm = (hidden_Tm * ~visited_TE[:, :, None]).flatten(1)
             yield x_chunk, missed_Tm @ down_End.flatten(0, 1), ~visited_TE
 
     mean_Ed = torch.einsum("en,end->ed", center_m.view(num_experts, -1), down_End)
     mean_Ed[:roots] = 0.0
-    rank, outputs = sam.basis_dq.shape[1], sam.spread_pd.shape[0]
-    fitted = fit_standins(chunks, mean_Ed=mean_Ed, roots=roots, rank=rank, outputs=outputs)
-    sam.basis_dq.copy_(fitted.basis_dq)
-    sam.core_SQp.copy_(fitted.core_EQp)
-    sam.core_all_Qp.copy_(fitted.core_EQp.sum(0))
-    sam.spread_pd.copy_(fitted.spread_pd)
-    return affinity_EE
+    rank, outputs = layer.sam.basis_dq.shape[1], layer.sam.spread_pd.shape[0]
+    return fit_standins(chunks, mean_Ed=mean_Ed, roots=roots, rank=rank, outputs=outputs, bases=bases)
 
 
 def set_thresholds(layer: SamFFN, scores_TE: Tensor) -> None:

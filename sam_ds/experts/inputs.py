@@ -29,20 +29,20 @@ class _Reached(Exception):
     """The layer's input is known; the rest of the model need not run."""
 
 
-def check_text(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+def check_text(model: PreTrainedModel, batches: Sequence[Tensor], *, what: str = "calibration text") -> None:
     """Raise InputError for no text at all and for token ids that the model has not."""
     if not any(ids_BS.numel() for ids_BS in batches):
-        raise InputError("the calibration text is empty: give rows of token ids")
+        raise InputError(f"the {what} is empty: give rows of token ids")
     for ids_BS in batches:
         if ids_BS.dim() != 2:
-            raise InputError(f"calibration has ids of shape {tuple(ids_BS.shape)}; give rows, (sequences, tokens)")
+            raise InputError(f"{what} has ids of shape {tuple(ids_BS.shape)}; give rows, (sequences, tokens)")
     lowest = min(int(ids_BS.min()) for ids_BS in batches if ids_BS.numel())
     if lowest < 0:
-        raise InputError(f"calibration has token id {lowest}; give input ids, not labels with a padding mark")
+        raise InputError(f"{what} has token id {lowest}; give input ids, not labels with a padding mark")
     largest = max(int(ids_BS.max()) for ids_BS in batches if ids_BS.numel())
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if largest >= vocabulary:
-        raise InputError(f"calibration has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
+        raise InputError(f"{what} has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
                          "is it the model's own tokenizer?")  # fmt: skip
 
 

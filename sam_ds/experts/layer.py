@@ -212,6 +212,12 @@ class SamFFN(nn.Module):
             return self.activation(up_Tm)
         return self.activation(complete(products_Tm[1], gate_b, lora and lora.gate_in, lora and lora.gate_rows)) * up_Tm
 
+    def hidden(self, x_Td: Tensor) -> Tensor:
+        """(T, m) what the neurons of all slots put out."""
+        up_dm, gate_dm, _ = self.matrices()
+        products_Tm = [x_Td @ matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
+        return self._complete(x_Td, products_Tm, 0, self.slots)
+
     @torch.no_grad()
     def visited(self, x_Td: Tensor, k: int | None = None) -> Tensor:
         """(T, S) bool: the experts that the tokens visit, or would visit with a budget of k."""
@@ -259,10 +265,8 @@ class SamFFN(nn.Module):
 
     def _dense(self, x_Td: Tensor) -> Tensor:
         """(T, d): all slots, visited by every token. Bias of the down-projection not included."""
-        up_dm, gate_dm, down_md = self.matrices()
-        products_Tm = [x_Td @ matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
-        hidden_Tm = self._complete(x_Td, products_Tm, 0, self.slots)
-        y_Td = hidden_Tm @ down_md
+        hidden_Tm = self.hidden(x_Td)
+        y_Td = hidden_Tm @ self.matrices()[2]
         if self.lora is not None:
             down_rows, down_out = (factor.to(hidden_Tm.dtype) for factor in (self.lora.down_rows, self.lora.down_out))
             y_Td = y_Td + self.lora.scale * (hidden_Tm @ down_rows) @ down_out

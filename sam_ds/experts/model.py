@@ -82,6 +82,16 @@ class SamMixin:
             held = contract(mask_EE, layer.held.tolist())
             layer.sam.adjacency_SS.copy_(torch.from_numpy(held))
 
+    @contextmanager
+    def over(self, mask_LEE: Tensor) -> Iterator[None]:
+        """Route over this graph inside the block, on a model that holds all experts; raises as `set_graph` does."""
+        before_LEE = self.graph()
+        self.set_graph(mask_LEE)
+        try:
+            yield
+        finally:
+            self.set_graph(before_LEE)
+
     def budgets(self, top_k: float) -> list[int]:
         """Experts that a token visits in each layer, together at most L `top_k` (`SamConfig.allocation`)."""
         if self.sam_lost_LK is None:

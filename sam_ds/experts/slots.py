@@ -48,12 +48,14 @@ class StandInStore:
 
 
 @torch.no_grad()
-def hold_experts(layers: Sequence[SamFFN], store: StandInStore, held: Sequence[Sequence[int]]) -> None:
-    """Declare which experts the slots hold, ascending ids with the roots first, and fill in their stand-ins."""
+def hold_experts(layers: Sequence[SamFFN], cores: Sequence[Tensor], held: Sequence[Sequence[int]]) -> None:
+    """Declare which experts the slots hold, ascending ids with the roots first, and fill in their stand-ins; `cores`
+    (E, Q, p) of each layer are all experts'."""
     for index, (layer, experts) in enumerate(zip(layers, held, strict=True)):
         assert len(experts) == layer.slots and list(experts[: layer.roots]) == list(range(layer.roots))
         layer.held = torch.tensor(list(experts))
-        layer.sam.core_SQp.copy_(store.core[index][layer.held])
+        layer.sam.core_SQp.copy_(cores[index][layer.held])
+        layer.sam.core_all_Qp.copy_(cores[index].sum(0))
 
 
 class Checkpoint:

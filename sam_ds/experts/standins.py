@@ -27,7 +27,8 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class StandIns:
-    """Stand-ins of one layer: `basis_dq` (d, q) = V', `core_EQp` (E, q + 1, p) = C_e', `spread_pd` (p, d) = W."""
+    """Stand-ins of one layer: `basis_dq` (d, q) = V', `core_EQp` (E, q + 1, p) = C_e', `spread_pd` (p, d) = W, whose
+    rows are orthonormal."""
 
     basis_dq: Tensor
     core_EQp: Tensor
@@ -44,15 +45,32 @@ def with_one(z_Tq: Tensor) -> Tensor:
     return torch.cat([z_Tq, z_Tq.new_ones(z_Tq.shape[0], 1)], dim=1)
 
 
-def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int, outputs: int) -> StandIns:
-    """Fit the stand-ins of one layer; `mean_Ed` (E, d) is zero for the roots.
+def fit_standins(
+    chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int, outputs: int,
+    bases: tuple[Tensor, Tensor] | None = None,
+) -> StandIns:  # fmt: skip
+    """Fit the stand-ins of one layer; `mean_Ed` (E, d) is zero for the roots. Given `bases` (V', W) stay as they are.
 
     Rank 0: the means, to rounding where `outputs` >= E - roots. Every fifth chunk is held out to choose the ridge.
     """
-    num_experts, hidden = mean_Ed.shape
+    hidden = mean_Ed.shape[1]
+    if bases is not None:
+        basis_dq, spread_pd = bases
+        w_EQd, _ = _regression(chunks, basis_dq, mean_Ed, roots)
+    else:
+        basis_dq = mean_Ed.new_zeros(hidden, 0)
+        if rank > 0:
+            basis_dq = _input_basis(chunks, mean_Ed.new_zeros(2, hidden, hidden, dtype=torch.float64), rank)
+        w_EQd, gram_FF = _regression(chunks, basis_dq, mean_Ed, roots)
+        spread_pd = _output_basis(w_EQd, gram_FF, outputs)
+    return StandIns(basis_dq=basis_dq, core_EQp=(w_EQd @ spread_pd.t()).contiguous(), spread_pd=spread_pd)
+
+
+def _regression(chunks: Chunks, basis_dq: Tensor, mean_Ed: Tensor, roots: int) -> tuple[Tensor, Tensor]:
+    """(E, Q, d) the stand-ins over this input basis, the output basis being whole, and the features' Gram matrix."""
+    (num_experts, hidden), rank = mean_Ed.shape, basis_dq.shape[1]
     if rank == 0:
-        return _spread(mean_Ed.new_zeros(hidden, 0), mean_Ed[:, None], torch.eye(num_experts), outputs)
-    basis_dq = _input_basis(chunks, mean_Ed.new_zeros(2, hidden, hidden, dtype=torch.float64), rank)
+        return mean_Ed[:, None], torch.eye(num_experts)
     features = num_experts * (rank + 1)
     # Index 0: tokens to fit on, 1: tokens to choose the ridge on.
     gram = mean_Ed.new_zeros(2, features, features, dtype=torch.float64)
@@ -74,17 +92,15 @@ def fit_standins(chunks: Chunks, *, mean_Ed: Tensor, roots: int, rank: int, outp
     w_EQd = ridge(gram.sum(0), cross.sum(0), best).float().view(num_experts, rank + 1, hidden)
     w_EQd[:, -1] += mean_Ed
     w_EQd[:roots] = 0.0
-    return _spread(basis_dq, w_EQd, gram.sum(0), outputs)
+    return w_EQd, gram.sum(0)
 
 
-def _spread(basis_dq: Tensor, w_EQd: Tensor, gram_FF: Tensor, outputs: int) -> StandIns:
-    """Keep the `outputs` output directions in which the stand-ins vary most over the calibration tokens."""
+def _output_basis(w_EQd: Tensor, gram_FF: Tensor, outputs: int) -> Tensor:
+    """(p, d): the `outputs` output directions in which the stand-ins vary most over the calibration tokens."""
     w_Fd = w_EQd.flatten(0, 1).double()
     energy_dd = w_Fd.t() @ gram_FF.to(w_Fd) @ w_Fd
-    spread_pd = torch.linalg.eigh(energy_dd).eigenvectors[:, w_EQd.shape[2] - outputs :].t().to(w_EQd.dtype)
-    return StandIns(
-        basis_dq=basis_dq, core_EQp=(w_EQd @ spread_pd.t()).contiguous(), spread_pd=spread_pd.contiguous()
-    )
+    directions = torch.linalg.eigh(energy_dd).eigenvectors[:, w_EQd.shape[2] - outputs :]
+    return directions.t().to(w_EQd.dtype).contiguous()
 
 
 def _input_basis(chunks: Chunks, empty_2dd: Tensor, rank: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What the server and a client say to each other, as Flower records. Tensors are codec blobs; nothing is pickled.
 
     query    {}                                           -> examples, mean gate scores, visit rates
-    train    units, graphs, condition, the task's scalars -> deltas, counters, metrics
+    train    units, graphs, condition, refitted stand-ins,
+             the task's scalars                           -> deltas, counters, metrics
 
 How graphs travel is in `graphs.py`.
 """
@@ -56,6 +57,8 @@ def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
     extra = {}
     if task.condition is not None:
         extra["condition"] = encode(task.condition, base_round=task.round)
+    if task.standins is not None:
+        extra["standins"] = encode(task.standins, base_round=task.round)
     scalars = ConfigRecord(
         {
             "round": task.round, "client": task.client, "tier": task.tier, "trains": task.trains,
@@ -84,6 +87,7 @@ def task_of(content: RecordDict, graph_LEE: NDArray[np.bool_]) -> Task:
         graph_LEE=graph_LEE,
         condition=decode(extra["condition"])[0] if "condition" in extra else None,
         units=decode_units(blobs_of(content["units"]), base_round=round_),
+        standins=decode(extra["standins"])[0] if "standins" in extra else None,
     )  # fmt: skip
 
 

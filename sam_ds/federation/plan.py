@@ -146,10 +146,12 @@ def _tier_plan(
     )
     other = sum(size for path, size in sizes.items() if path not in kept and not any(a in path for a in added))
     sent = (tier.sends or tier.experts) * expert + shared
+    cores = [layer.sam.core_SQp for layer in model.sam_layers] if config.federation.refit_standins else []
+    standins = sum(core.numel() // tier.experts * config.sam.num_experts for core in cores)
     return TierPlan(
         name=name, clients=clients, tier=tier, ranks=config.ranks_of(tier), memory=memory,
         first=2 * (other + tier.experts * sum(_of_one(field, sizes, tier.experts) for field in frozen)),
-        down=4 * (tier.experts * expert + shared),
+        down=4 * (tier.experts * expert + shared + standins),
         up=_BITS[config.wire.values] * sent // 8 + _COUNTER * len(model.sam_layers) * tier.experts**2,
         flops=_flops(config, shape, tier),
     )  # fmt: skip

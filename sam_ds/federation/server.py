@@ -21,16 +21,20 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from sam_ds.clients.generations import factor_seed, generation, weights_folder
+from sam_ds.clients.task import REGISTRATION_TOKENS
 from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus
+from sam_ds.data.corpus import Corpus, Splits
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domain
 from sam_ds.experts.attention import updated_maps
+from sam_ds.experts.calibrate import refit_layer
 from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.experts.inputs import layer_inputs
 from sam_ds.experts.model import add_assembler
-from sam_ds.experts.slots import Checkpoint
+from sam_ds.experts.personal import personal_graph
+from sam_ds.experts.slots import Checkpoint, hold_experts
 from sam_ds.experts.units import (
     expert_weights,
     prepare,
@@ -187,6 +191,20 @@ class Server:
         """Bring the model's parameters and graph to what the state says."""
         self._write(self.state.units)
         self.model.set_graph(torch.from_numpy(self.state.graph))
+        if self.state.standins is not None:
+            hold_experts(self.model.sam_layers, torch.from_numpy(self.state.standins).unbind(), self._everything)
+
+    def refit_standins(self) -> float:
+        """Fit the stand-ins to the experts as they have become, layer by layer on the calibration text, each on what
+        the layers before it are now (design 3); returns the seconds it took."""
+        began = time.perf_counter()
+        layers, cores = self.model.sam_layers, []
+        inputs = layer_inputs(self.model, layers, [self._calibration_rows])
+        for index, layer in enumerate(layers):
+            cores.append(refit_layer(layer, next(inputs), seed=self.config.seed + index))
+            hold_experts([layer], cores[-1:], [range(self.num_experts)])
+        self.state.standins = torch.stack(cores).numpy()
+        return time.perf_counter() - began
 
     def _write(self, values: Mapping[Unit, NDArray[np.float32]]) -> None:
         units = {unit: torch.from_numpy(value) for unit, value in values.items()}
@@ -198,43 +216,68 @@ class Server:
         return self.model.sam_assembler
 
     def evaluate(self, split: str, tokens: int) -> dict[str, Any]:
-        """Perplexities of the merged model and, if asked for, of the sparse one over the server's graph:
+        """Perplexities of the merged model and, if asked for, of the sparse one, each domain over its graph:
         {"merged": {"domains", "headline", "forgetting"}, "sparse": the same or None}.
 
         Where clients have units of their own, the mean over the clients with mostly text of the domain, of all clients
         where there are none."""
         began = time.perf_counter()
         texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
-        result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.num_experts), "sparse": None}
+        whole = dict.fromkeys(texts, self.model.graph())
+        result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.num_experts, whole), "sparse": None}
         if self.config.evaluation.sparse and self.method.sparse:
-            result["sparse"] = self._judged(texts, tokens, self.config.sam.top_k)
+            graphs = self.domain_graphs() if self.method.assembles else whole
+            result["sparse"] = self._judged(texts, tokens, self.config.sam.top_k, graphs)
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
-    def _judged(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, Any]:
+    def domain_graphs(self) -> dict[str, torch.Tensor]:
+        """(L, E, E) the graph of each domain: the assembler's for a client that holds everything and whose text is the
+        domain's public (or valid) text, as the model sees it now."""
+        edges = self.config.federation.edges
+        return {name: personal_graph(self.model, ids, edges=edges).graph_LEE for name, ids in self._domain_ids.items()}
+
+    @cached_property
+    def _domain_ids(self) -> dict[str, torch.Tensor]:
+        """(B, S) of every domain, as many tokens as a client registers with."""
+        window = self.config.evaluation.window
+        rows = max(1, REGISTRATION_TOKENS // window)
+        return {
+            name: torch.from_numpy(domain_rows(splits, self.tokenizer, window, rows))
+            for name, splits in self.corpus.domains.items()
+        }
+
+    def _judged(
+        self, texts: Mapping[str, Sequence[str]], tokens: int, top_k: int, graphs: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
         if not self.state.personal:
-            return self._summary(self._score(texts, tokens, top_k))
+            return self._summary(self._score(texts, tokens, top_k, graphs))
         judges = {name: [c for c, domain in enumerate(self.domains) if domain == name] for name in texts}
         sums = {name: DomainScore(nll_sum=0.0, tokens=0) for name in texts}
         for client in range(len(self.domains)):
             mine = {name: text for name, text in texts.items() if client in (judges[name] or [client])}
             self._write(self.state.units | self.state.personal.get(client, {}))
-            for name, score in self._score(mine, tokens, top_k).items():
+            for name, score in self._score(mine, tokens, top_k, graphs).items():
                 sums[name] = DomainScore(
                     nll_sum=sums[name].nll_sum + score.nll_sum, tokens=sums[name].tokens + score.tokens
                 )
         self.follow_state()
         return self._summary(sums)
 
-    def _score(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, DomainScore]:
+    def _score(
+        self, texts: Mapping[str, Sequence[str]], tokens: int, top_k: int, graphs: Mapping[str, torch.Tensor]
+    ) -> dict[str, DomainScore]:
         section = self.config.evaluation
-        with self.model.active(top_k):
-            return perplexity_by_domain(
-                self.model, self.tokenizer, texts, window=section.window, stride=section.stride,
-                batch=section.batch, max_tokens=tokens,
-            )  # fmt: skip
+        scores: dict[str, DomainScore] = {}
+        for name, own in texts.items():
+            with self.model.active(top_k), self.model.over(graphs[name]):
+                scores |= perplexity_by_domain(
+                    self.model, self.tokenizer, {name: own}, window=section.window, stride=section.stride,
+                    batch=section.batch, max_tokens=tokens,
+                )  # fmt: skip
+        return scores
 
-    def _summary(self, scores: dict[str, DomainScore]) -> dict[str, Any]:
+    def _summary(self, scores: Mapping[str, DomainScore]) -> dict[str, Any]:
         texts = self.corpus.domains
         forgetting = [name for name in texts if name in self.config.federation.forgetting]
         trained = [name for name in texts if name not in forgetting]
@@ -248,17 +291,19 @@ class Server:
     def validation_loss(self, graph: NDArray[np.bool_]) -> float:
         """Nats a token of the sparse model over this graph, on a fixed batch of public text."""
         began = time.perf_counter()
-        before = self.model.graph()
-        self.model.set_graph(torch.from_numpy(graph))
         ids = self._validation_rows
-        loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
-        self.model.set_graph(before)
+        with self.model.over(torch.from_numpy(graph)):
+            loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
         self.evaluation_seconds += time.perf_counter() - began
         return loss
 
     @cached_property
     def _validation_rows(self) -> torch.Tensor:
         return torch.from_numpy(public_rows(self.config, self.corpus, self.tokenizer, _VALIDATION_ROWS, last=True))
+
+    @cached_property
+    def _calibration_rows(self) -> torch.Tensor:
+        return torch.from_numpy(calibration_rows(self.config, self.corpus, self.tokenizer))
 
     def save_model(self, folder: Path) -> None:
         """Fold everything learned into the weights and save them with the graph. The last thing a run does."""
@@ -269,20 +314,30 @@ class Server:
         self.tokenizer.save_pretrained(folder)
 
 
+def calibration_rows(config: RunConfig, corpus: Corpus, tokenizer: Any) -> NDArray[np.int64]:
+    """(rows, window): what the base model is converted with, as `public_rows`."""
+    return public_rows(config, corpus, tokenizer, -(-config.sam.calibration_tokens // config.evaluation.window))
+
+
 def public_rows(
     config: RunConfig, corpus: Corpus, tokenizer: Any, rows: int, *, last: bool = False
 ) -> NDArray[np.int64]:
     """(rows, window) tokens of public text, the same share of every domain; from the start of the public
-    documents (calibration) or from their end (validation). Domains without public documents give of their valid
-    split.
+    documents (calibration) or from their end (validation).
 
     Raises InputError where there is too little text.
     """
-    window = config.evaluation.window
     per_domain = max(1, -(-rows // len(corpus.domains)))
-    parts = []
-    for splits in corpus.domains.values():
-        texts = splits.public or splits.valid
-        packed = pack(texts[::-1] if last else texts, tokenizer, window, limit_tokens=per_domain * window)
-        parts.append(packed[:per_domain])
+    parts = [
+        domain_rows(splits, tokenizer, config.evaluation.window, per_domain, last=last)
+        for splits in corpus.domains.values()
+    ]
     return np.concatenate(parts)[: max(rows, len(corpus.domains))]
+
+
+def domain_rows(
+    splits: Splits, tokenizer: Any, window: int, rows: int, *, last: bool = False
+) -> NDArray[np.int64]:
+    """At most (rows, window) tokens of a domain's public documents, or of its valid split where it has none."""
+    texts = splits.public or splits.valid
+    return pack(texts[::-1] if last else texts, tokenizer, window, limit_tokens=rows * window)

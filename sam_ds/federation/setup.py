@@ -20,7 +20,7 @@ from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
-from sam_ds.federation.server import public_rows
+from sam_ds.federation.server import calibration_rows
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -66,8 +66,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
-    rows = -(-config.sam.calibration_tokens // config.evaluation.window)
-    calibration = torch.from_numpy(public_rows(config, corpus, tokenizer, rows))
+    calibration = torch.from_numpy(calibration_rows(config, corpus, tokenizer))
     get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
     unfinished = run / f".base.{os.getpid()}"
     model.save_pretrained(unfinished)

@@ -65,6 +65,8 @@ class ServerState:
     """Base experts downloaded in the generations before it."""
     factor_seed: int | None = None
     """What the frozen low-rank factors of the next round are drawn from; None where there are none."""
+    standins: NDArray[np.float32] | None = None
+    """(L, E, Q, p) the stand-ins' cores since they were refitted; None: as they came with the base model."""
     losses: list[float] = field(default_factory=list)
     """Validation loss after each round, round 0 first; nats a token."""
     gamma: float = 0.0
@@ -76,6 +78,8 @@ def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     arrays: dict[str, NDArray[Any]] = {name: getattr(state, name) for name in _ARRAYS}
     arrays["edits"] = state.edits.array()
     arrays |= {f"unit/{unit_name(unit)}": value for unit, value in state.units.items()}
+    if state.standins is not None:
+        arrays["standins"] = state.standins
     for unit, moments in state.moments.items():
         arrays |= {f"moment{index}/{unit_name(unit)}": value for index, value in enumerate(moments)}
     for client, own in state.personal.items():
@@ -116,7 +120,7 @@ def load_checkpoint(path: Path) -> ServerState:
         personal.setdefault(int(owner), {})[parse_unit(unit)] = arrays[name]
     return ServerState(
         units=units, personal=personal, moments={unit: tuple(values) for unit, values in moments.items()},
-        edits=EditLog.of_array(arrays["edits"]),
+        edits=EditLog.of_array(arrays["edits"]), standins=arrays.get("standins"),
         **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
     )  # fmt: skip
 

@@ -162,14 +162,14 @@ class SamStrategy(Strategy):
             task = Task(
                 round=server_round, client=client.client, tier=client.tier, trains=server.trains,
                 held=client.experts, sent=client.sent, graph_LEE=planned.graphs[client.client],
-                condition=planned.conditions.get(client.client), units=units,
+                condition=planned.conditions.get(client.client), units=units, standins=server.state.standins,
             )  # fmt: skip
             content = task_content(task, {unit_name(unit): encoded[unit] for unit in units})
             # Taken back until the client says it again: a reply that fails may be for want of the graph.
             known = self._known.pop(client.client, UNKNOWN)
             content.update(graph_records(server.state.graph, server.state.edits, task.graph_LEE, known))
             message = Message(content, self._nodes[client.client], "train", group_id=str(server_round))
-            self._down[client.client] = self._counted(message, units)
+            self._down[client.client] = self._counted(message, units, also=task.standins)
             yield message
 
     def aggregate_train(
@@ -331,10 +331,13 @@ class SamStrategy(Strategy):
             bytes_up=asdict(self._counted(reply, deltas)),
         )  # fmt: skip
 
-    def _counted(self, message: Message, values: Mapping[Unit, NDArray[np.float32]]) -> ByteCount:
+    def _counted(
+        self, message: Message, values: Mapping[Unit, NDArray[np.float32]], also: NDArray[np.float32] | None = None
+    ) -> ByteCount:
         """The bytes of a message, less what only a simulation sends: the units that stay with their client."""
         stay = [unit for unit in values if self.server.method.stays(unit)]
-        total = count_bytes(message, sum(value.nbytes for unit, value in values.items() if unit not in set(stay)))
+        raw = sum(value.nbytes for value in values.values()) - sum(values[unit].nbytes for unit in stay)
+        total = count_bytes(message, raw + (0 if also is None else also.nbytes))
         blobs = message.content.array_records["units"]
         kept = sum(len(blobs[unit_name(unit)].data) for unit in stay)
         return ByteCount(raw=total.raw, encoded=total.encoded - kept, message=total.message - kept)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sam_ds.errors import InputError
+from sam_ds.graph.dag import BoolArray, top_edges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +42,9 @@ class AssemblerConfig:
 
 def client_condition(mean_scores_LE: Tensor, budget_share: float) -> Tensor:
     """(L, E + 1): mean gate scores on a client's text, standardised within each layer, and its share of the
-    edges.
+    experts.
 
-    `budget_share` in (0, 1] is the tier's edge budget over the number of possible edges.
+    `budget_share` in (0, 1] is how many experts a layer it may hold, over how many there are.
     """
     if not 0.0 < budget_share <= 1.0:
         raise InputError(f"budget_share must be in (0, 1], got {budget_share}")
@@ -98,3 +100,15 @@ class Assembler(nn.Module):
         heads_LEa = (hidden_LH @ self.heads.T).view(layers, num_experts, rank)
         learned_LEE = tails_LEa @ heads_LEa.transpose(1, 2) / math.sqrt(rank)
         return (self.prior_LEE + learned_LEE).masked_fill(~self.above_EE, float("-inf"))
+
+
+@torch.no_grad()
+def hard_graph(
+    assembler: Assembler, condition: Tensor, allowed_LEE: BoolArray, edges: int, roots: int
+) -> BoolArray:
+    """(L, E, E) the best `edges` of each layer by the assembler's logits, of those there are (`dag.top_edges`)."""
+    logits_LEE = assembler(condition.to(assembler.mix_bias.device)).double().cpu().numpy()
+    return np.stack(
+        [top_edges(logits_EE, allowed_EE, edges, roots)
+         for logits_EE, allowed_EE in zip(logits_LEE, allowed_LEE, strict=True)]
+    )  # fmt: skip

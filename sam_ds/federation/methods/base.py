@@ -40,7 +40,8 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The four functions, and whether clients run a sparse model."""
+    """The four functions, whether clients run a sparse model, and whether each has a graph of its own, which the
+    assembler makes."""
 
     plan: Callable[[Server, int], Planned]
     train: Callable[[TierSection], str]
@@ -51,6 +52,7 @@ class Method:
     """The run as this method needs it; of a run that is as it needs it, the same."""
     stays: Callable[[Unit], bool] = lambda unit: False
     """Whether a unit stays with its client. The server keeps it for the client, and its bytes are not counted."""
+    assembles: bool = False
 
 
 def plan_dense(server: Server, round_: int) -> Planned:

@@ -18,8 +18,8 @@ from sam_ds.federation.methods.base import Method, Planned, aggregation_config
 from sam_ds.federation.participation import plan_round, sample_clients
 from sam_ds.federation.scores import anchored, desirability, greedy
 from sam_ds.federation.server import Server
-from sam_ds.graph.assembler import client_condition
-from sam_ds.graph.dag import explore, reach_mass, top_edges
+from sam_ds.graph.assembler import client_condition, hard_graph
+from sam_ds.graph.dag import explore, reach_mass
 from sam_ds.graph.edits import propose, trial
 from sam_ds.graph.privacy import gaussian_epsilon, noised_counters
 
@@ -81,19 +81,14 @@ def condition_of(server: Server, client: int) -> NDArray[np.float32]:
     return client_condition(torch.from_numpy(server.state.scores[client]), share).numpy()
 
 
-def assemble(server: Server, condition: NDArray[np.float32], seed: tuple[int, ...] | None) -> NDArray[np.bool_]:
-    """(L, E, E) the client's graph: the hard top-B of the assembler's logits among the edges there are; with a
-    seed, some edges flip to explore."""
-    section, roots = server.config.federation, server.config.sam.roots
-    with torch.no_grad():
-        logits_LEE = server.assembler()(torch.from_numpy(condition)).double().numpy()
+def assemble(server: Server, condition: NDArray[np.float32], seed: tuple[int, ...]) -> NDArray[np.bool_]:
+    """(L, E, E) the client's graph in a round: the assembler's, some edges flipped to explore."""
+    section, roots, allowed_LEE = server.config.federation, server.config.sam.roots, server.state.graph
+    hard_LEE = hard_graph(server.assembler(), torch.from_numpy(condition), allowed_LEE, section.edges, roots)
     masks = []
-    for layer, (logits_EE, allowed_EE) in enumerate(zip(logits_LEE, server.state.graph, strict=True)):
-        mask_EE = top_edges(logits_EE, allowed_EE, section.edges, roots)
-        if seed is not None:
-            rng = np.random.default_rng([_EXPLORE, *seed, layer])
-            mask_EE = explore(mask_EE, allowed_EE, section.explore, rng, section.edges, roots)
-        masks.append(mask_EE)
+    for layer, (mask_EE, allowed_EE) in enumerate(zip(hard_LEE, allowed_LEE, strict=True)):
+        rng = np.random.default_rng([_EXPLORE, *seed, layer])
+        masks.append(explore(mask_EE, allowed_EE, section.explore, rng, section.edges, roots))
     return np.stack(masks)
 
 
@@ -106,11 +101,20 @@ def _aggregate(config: RunConfig) -> AggregationConfig:
 
 
 def _adapt(server: Server, round_: int) -> dict[str, Any]:
-    """Every T_m rounds: propose edits from the counters, noised if asked for, keep those that the validation loss does
-    not refuse. The record's `epsilon` is of this period, and of the run so far (`graph/privacy.py`)."""
-    section, state = server.config.federation, server.state
-    if round_ % section.edit_every or section.max_edits == 0:
+    """Every T_m rounds: edit the graph, then fit the stand-ins to what the experts have become."""
+    section = server.config.federation
+    if round_ % section.edit_every:
         return {}
+    record = _edit(server, round_) if section.max_edits else {}
+    if section.refit_standins:
+        record["standin_seconds"] = server.refit_standins()
+    return record
+
+
+def _edit(server: Server, round_: int) -> dict[str, Any]:
+    """Propose edits from the counters, noised if asked for, keep those that the validation loss does not refuse. The
+    record's `epsilon` is of this period, and of the run so far (`graph/privacy.py`)."""
+    section, state = server.config.federation, server.state
     tables, facts = [state.used, state.offered, state.together], {}
     if sigma := section.edit_noise:
         # A client may have been drawn in every round of the period.
@@ -143,4 +147,4 @@ def _adapt(server: Server, round_: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-METHOD = Method(plan=_plan, train=_train, aggregate=_aggregate, adapt=_adapt, sparse=True)
+METHOD = Method(plan=_plan, train=_train, aggregate=_aggregate, adapt=_adapt, sparse=True, assembles=True)

@@ -115,6 +115,7 @@ class TrainSection(Checked):
     clip: NonNegative = 1.0  # gradient norm; 0 leaves it alone
     lora_rank: Count = 16
     lora_alpha: Positive = 16.0
+    factors: Literal["seed", "text"] = "text"  # what the frozen low-rank factors are from; after a redraw the seed
     attention_rank: Natural = 0  # of low-rank updates of the attention, shared by all clients; 0 = none
     redraw_every: Natural = 0  # rounds after which low-rank rows are merged and new frozen factors drawn; 0 = never
     whole: Probability = 0.0  # share of the steps that visit all experts held: the merged model's part (1903.05134)

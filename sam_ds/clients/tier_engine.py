@@ -29,6 +29,7 @@ from sam_ds.clients.task import Task, WorkerGroup
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.experts.factors import load_factors
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.personal import describe_text
 from sam_ds.experts.slots import Checkpoint, StandInStore, hold_experts, to_slots
@@ -67,6 +68,10 @@ class TierEngine:
             model, trains, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed, dense=settings.dense,
             attention_rank=settings.attention_rank,
         )  # fmt: skip
+        if trains == "lora":
+            with torch.no_grad():
+                for name, value in load_factors(folder).items():
+                    model.get_parameter(name).copy_(value)
         self.layers = model.sam_layers
         self.model = model
         self.weights = expert_weights(model)

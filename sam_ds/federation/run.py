@@ -121,7 +121,8 @@ def _end_record(
         "bounds": bounds(server), "wall_seconds": seconds,
         "orchestration_share": sum(r["orchestration_seconds"] for r in rounds) / wall if wall else 0.0,
         "bytes_base": (server.state.downloads + int(server.state.ever_held.sum())) * server.base_expert_bytes()
-        + len(later) * server.attention_bytes,
+        + len(later) * server.attention_bytes
+        + int(server.state.ever_held.any((1, 2)).sum()) * server.factor_bytes,
     }  # fmt: skip
 
 

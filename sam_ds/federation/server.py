@@ -31,6 +31,7 @@ from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domai
 from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.calibrate import refit_layer
 from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.experts.factors import load_factors
 from sam_ds.experts.inputs import layer_inputs
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.personal import personal_graph
@@ -73,6 +74,8 @@ class Server:
                              "averaged; give every tier the same `trains`")  # fmt: skip
         self.trains = trains.pop()
         self._base = base
+        self.factor_bytes = 0
+        """Bytes of the frozen factors that are not drawn: a client needs them once."""
         self._begin(0)
         attention = [f"{path}.weight" for path in updated_maps(self.model)]
         self._merged = [*(field.parameter for field in expert_weights(self.model)), *attention]
@@ -186,6 +189,11 @@ class Server:
             seed=factor_seed(self.config, due), dense=settings.dense, attention_rank=settings.attention_rank,
         )  # fmt: skip
         self._parameters = dict(self.model.named_parameters())
+        if due == 0 and self.trains == "lora":
+            with torch.no_grad():
+                for name, value in load_factors(self._base).items():
+                    self._parameters[name].copy_(value)
+                    self.factor_bytes += value.nbytes
 
     def follow_state(self) -> None:
         """Bring the model's parameters and graph to what the state says."""

@@ -20,6 +20,9 @@ from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
+from sam_ds.experts.factors import fit_factors, save_factors
+from sam_ds.experts.units import prepare
+from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.server import calibration_rows
 
 
@@ -71,6 +74,14 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     unfinished = run / f".base.{os.getpid()}"
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    trains = {METHODS[config.method].train(tier) for tier in config.tiers.values() if tier.share > 0.0}
+    if config.train.factors == "text" and trains == {"lora"}:
+        settings = config.train
+        prepare(
+            model, "lora", rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed,
+            attention_rank=settings.attention_rank,
+        )  # fmt: skip
+        save_factors(fit_factors(model, [calibration]), unfinished)
     shutil.rmtree(base, ignore_errors=True)
     os.replace(unfinished, base)
     return base

@@ -40,7 +40,7 @@ class SamSection(Checked):
     top_k: Count = 12  # k, experts a token visits, roots included
     roots: Count = 2  # r, always visited and always held
     root_choice: Literal["spread", "saliency"] = "spread"  # what makes neurons roots: varying output, or |w g|
-    features: Literal["weights", "activations", "output"] = "weights"  # what the neurons are clustered by
+    features: Literal["weights", "activations", "output", "random"] = "weights"  # what the neurons are clustered by
     regroups: Natural = 4  # how often they are regrouped for the routes
     router: Literal["linear", "roots", "low_rank", "mlp", "mean_key", "representative"] = "roots"
     router_rank: Count = 32  # of low_rank and mlp
@@ -49,6 +49,7 @@ class SamSection(Checked):
     calibration_tokens: Count = 16384
     allocation: Literal["uniform", "sensitivity"] = "sensitivity"  # k of every layer, or on average over the layers
     density: Fraction = 0.5  # of the E (E - 1) / 2 possible edges of a layer, in the first graph
+    graph: Literal["coactivation", "random"] = "coactivation"  # which edges the first graph has
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,7 @@ def test_a_tensor_and_an_iterable_of_its_parts_give_the_same_model(dense, conver
         torch.testing.assert_close(other.state_dict()[name], value, msg=name)
 
 
-@pytest.mark.parametrize("features", ["weights", "activations", "output"])
+@pytest.mark.parametrize("features", ["weights", "activations", "output", "random"])
 @pytest.mark.parametrize("standin", ["none", "mean", "linear"])
 def test_all_experts_visited_is_the_original_for_every_choice(dense, features, standin):
     model = convert(dense, features=features, standin=standin)
@@ -100,7 +100,9 @@ def test_the_experts_are_in_order_of_use_and_every_graph_is_legal(converted):
 
 def test_a_sparser_graph_has_the_share_of_edges_asked_for(dense):
     # of 27
-    assert convert(dense, density=0.5).graph().sum(dim=(1, 2)).tolist() == [14, 14]
+    half, drawn = convert(dense, density=0.5).graph(), convert(dense, density=0.5, graph="random").graph()
+    assert half.sum(dim=(1, 2)).tolist() == drawn.sum(dim=(1, 2)).tolist() == [14, 14]
+    assert not torch.equal(half, drawn)
 
 
 def test_conversion_keeps_the_mode(dense):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,13 +57,17 @@ def discover(
     rest_m = rest_m.sort().values
     if len(rest_m) == 0:
         return root_m
-    if features == "weights":
-        points = weight_features((up_dm if gate_dm is None else gate_dm).t().float())
-    elif features == "activations":
-        points = activation_features(hidden_Tm, top=max(1, ffn.neurons // 100))
+    if features == "random":
+        generator = torch.Generator().manual_seed(seed)
+        labels_m = (torch.randperm(len(rest_m), generator=generator) % (num_experts - roots)).to(rest_m.device)
     else:
-        points = output_features(down_md.t().float(), hidden_Tm.norm(dim=0) / hidden_Tm.shape[0] ** 0.5)
-    labels_m = balanced_kmeans(points[rest_m], num_experts - roots, seed=seed).labels_m
+        if features == "weights":
+            points = weight_features((up_dm if gate_dm is None else gate_dm).t().float())
+        elif features == "activations":
+            points = activation_features(hidden_Tm, top=max(1, ffn.neurons // 100))
+        else:
+            points = output_features(down_md.t().float(), hidden_Tm.norm(dim=0) / hidden_Tm.shape[0] ** 0.5)
+        labels_m = balanced_kmeans(points[rest_m], num_experts - roots, seed=seed).labels_m
     if regroups > 0:
         hidden_Tm = hidden_Tm[:, rest_m]
         labels_m = regroup(
@@ -94,9 +99,12 @@ def check_finite(path: str, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float, seed: int) -> Tensor:
+def calibrate_layer(
+    layer: SamFFN, x_Td: Tensor, *, standin: str, density: float, seed: int, graph: str = "coactivation"
+) -> Tensor:
     """Fit gate, graph and stand-ins of a permuted layer on its inputs; returns the affinity (E, E) of its experts.
 
+    The graph has the edges of the highest affinity, or, the control, random ones.
     What the gate predicts is ||f_e(x) - mu_e||, the output lost if e is not visited.
     """
     num_experts, roots = layer.slots, layer.roots
@@ -117,7 +125,10 @@ def calibrate_layer(layer: SamFFN, x_Td: Tensor, *, standin: str, density: float
     sam.adjacency_SS.fill_(True).triu_(1)
     set_thresholds(layer, scores_TE)
     affinity_EE = coactivation(layer.reached(scores_TE, layer.top_k).float()).cpu()
-    graph_EE = initial_graph(affinity_EE.double().numpy(), density=density, roots=roots)
+    ranked_EE = affinity_EE.double().numpy()
+    if graph == "random":
+        ranked_EE = np.random.default_rng(seed).random(ranked_EE.shape)
+    graph_EE = initial_graph(ranked_EE, density=density, roots=roots)
     sam.adjacency_SS.copy_(torch.from_numpy(graph_EE))
     set_thresholds(layer, scores_TE)
     if standin != "none":

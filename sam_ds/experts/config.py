@@ -25,7 +25,7 @@ class SamConfig:
     root_choice: str = "spread"
     """Which neurons become roots: those whose output varies most (`spread`), or of the largest |w g| (`saliency`)."""
     features: str = "weights"
-    """What neurons are clustered by: `weights` (EMoE), `activations` (CMoE) or `output`."""
+    """What neurons are clustered by: `weights` (EMoE), `activations` (CMoE), `output`, or nothing (`random`)."""
     regroups: int = 4
     """How often neurons are regrouped after it for the routes they will be visited on (discovery/regroup.py)."""
     router: str = "roots"
@@ -44,6 +44,8 @@ class SamConfig:
     """Whether every layer visits top_k (`uniform`), or top_k on average, more where the loss feels it more."""
     density: float = 1.0
     """Share of the E (E - 1) / 2 possible edges that the initial graph has; a path that is missing costs quality."""
+    graph: str = "coactivation"
+    """Which edges these are: between experts that are visited together (`coactivation`), or any (`random`)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -121,7 +123,8 @@ def router_shape(
 
 _CHOICES = (
     ("root_choice", ("spread", "saliency")),
-    ("features", ("weights", "activations", "output")),
+    ("features", ("weights", "activations", "output", "random")),
+    ("graph", ("coactivation", "random")),
     ("router", ROUTERS),
     ("routing", ("threshold", "top_k")),
     ("standin", ("none", "mean", "linear")),

@@ -102,7 +102,8 @@ def get_sam_model(
             for index, layer in enumerate(tqdm(layers, desc="fit gates", unit="layer", disable=not progress)):
                 affinity.append(
                     calibrate_layer(
-                        layer, next(inputs), standin=config.standin, density=config.density, seed=config.seed + index
+                        layer, next(inputs), standin=config.standin, density=config.density, seed=config.seed + index,
+                        graph=config.graph,
                     )
                 )  # fmt: skip
         except BaseException:

@@ -48,6 +48,7 @@ class SamSection(Checked):
     calibration_tokens: Count = 16384
     allocation: Literal["uniform", "sensitivity"] = "sensitivity"  # k of every layer, or on average over the layers
     density: Fraction = 0.5  # of the E (E - 1) / 2 possible edges of a layer, in the first graph
+    semantics: Literal["reach", "message"] = "reach"  # an edge lets a token go on, or carries outputs with a gain too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

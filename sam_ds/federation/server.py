@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,17 @@ class Server:
         {"merged": {"domains", "headline", "forgetting"}, "sparse": the same or None}."""
         began = time.perf_counter()
         texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
-        result: dict[str, Any] = {"merged": self._score(texts, tokens, self.num_experts), "sparse": None}
+        result: dict[str, Any] = {"merged": self._score(texts, tokens, self.model.dense()), "sparse": None}
         if self.config.evaluation.sparse and self.method.sparse:
-            result["sparse"] = self._score(texts, tokens, self.config.sam.top_k)
+            result["sparse"] = self._score(texts, tokens, self.model.active(self.config.sam.top_k))
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
-    def _score(self, texts: dict[str, Sequence[str]], tokens: int, top_k: int) -> dict[str, Any]:
+    def _score(
+        self, texts: dict[str, Sequence[str]], tokens: int, mode: AbstractContextManager[None]
+    ) -> dict[str, Any]:
         section = self.config.evaluation
-        with self.model.active(top_k):
+        with mode:
             scores = perplexity_by_domain(
                 self.model, self.tokenizer, texts, window=section.window, stride=section.stride,
                 batch=section.batch, max_tokens=tokens,
@@ -227,7 +230,10 @@ class Server:
         return torch.from_numpy(public_rows(self.config, self.corpus, self.tokenizer, _VALIDATION_ROWS, last=True))
 
     def save_model(self, folder: Path) -> None:
-        """Fold everything learned into the weights and save them with the graph. The last thing a run does."""
+        """Fold everything learned into the weights and save them with the graph. The last thing a run does.
+
+        Messages cannot be folded: their gains are saved beside, and are what a plain load of the folder leaves out.
+        """
         self.model.fold_lora()
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)

@@ -1,13 +1,15 @@
 """Messages: at gains of 0 the layer without them; at others the formula; what cannot know them says so."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from families import build, convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process import Federation, assert_equal_states
+from in_process import Federation, assert_equal_states, task_for
 from reference import graphs, moe_output
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,6 @@ from sam_ds.experts import grouped
 from sam_ds.experts.adapter import load_adapter, save_adapter
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
-from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.message import order_of
 from sam_ds.experts.model import inject_layers, wrap_ffns
@@ -31,34 +32,24 @@ from sam_ds.federation.state import load_checkpoint
 from sam_ds.wire.payload import ExpertUnit
 
 HIDDEN = 16
+CONFIG = SamConfig(
+    num_experts=8, top_k=4, roots=2, standin_rank=4, density=0.5, routing="top_k", semantics="message"
+)  # fmt: skip
 
 
 def ids(rows=3, seed=0):
     return torch.randint(3, 97, (rows, 17), generator=torch.Generator().manual_seed(seed))
 
 
-def convert(dense):
-    config = SamConfig(
-        num_experts=8, top_k=4, roots=2, standin_rank=4, density=0.5, routing="top_k", semantics="message",
-    )  # fmt: skip
-    calibration = torch.randint(3, 97, (40, 32), generator=torch.Generator().manual_seed(1))
-    return get_sam_model(copy.deepcopy(dense), config, calibration=calibration, progress=False)
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def dense(request, tiny_llama, tiny_gpt2):
-    model = tiny_llama(mlp_bias=True) if request.param == "llama" else tiny_gpt2()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".mlp." in name:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    return model
+@pytest.fixture(scope="module", params=["llama", "gpt2", "phi3", "opt", "bloom"])
+def dense(request):
+    return build(request.param)
 
 
 @pytest.fixture(scope="module")
 def pair(dense):
     """A converted model that sends no messages, and the same with gains of 0."""
-    model = convert(dense)
+    model = convert(dense, CONFIG)
     silent = copy.deepcopy(model)
     for layer in silent.sam_layers:
         layer.semantics = "reach"
@@ -98,8 +89,8 @@ def random_layer(model, adjacency_SS, roots, seed, *, lora=False):
 
 
 @pytest.fixture(scope="session")
-def build(tiny_llama, tiny_gpt2):
-    """`build(family, experts)` -> a model of one layer, 4 neurons an expert."""
+def one_layer(tiny_llama, tiny_gpt2):
+    """`one_layer(family, experts)` -> a model of one layer, 4 neurons an expert."""
 
     def of(family, experts):
         if family == "llama":
@@ -115,10 +106,10 @@ def build(tiny_llama, tiny_gpt2):
 @given(graph=graphs(), seed=st.integers(0, 2**16), k=st.integers(1, 9), lora=st.booleans(), kernel=st.booleans(),
        family=st.sampled_from(["llama", "gpt2"]), tokens=st.integers(1, 6))  # fmt: skip
 @settings(max_examples=40)
-def test_the_layer_is_its_formula(build, graph, seed, k, lora, kernel, family, tokens):
+def test_the_layer_is_its_formula(one_layer, graph, seed, k, lora, kernel, family, tokens):
     """Outputs and all gradients, over graphs with edges into roots too, routed and with all experts visited."""
     adjacency_SS, roots = graph
-    layer = random_layer(build(family, len(adjacency_SS)), adjacency_SS, roots, seed, lora=lora)
+    layer = random_layer(one_layer(family, len(adjacency_SS)), adjacency_SS, roots, seed, lora=lora)
     layer.top_k = min(max(k, roots), layer.slots)
     x_Td = torch.randn(tokens, HIDDEN, requires_grad=True)
     weight_Td = torch.randn(tokens, HIDDEN)
@@ -134,9 +125,21 @@ def test_the_layer_is_its_formula(build, graph, seed, k, lora, kernel, family, t
         torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-3)
 
 
-def test_the_gradient_of_a_gain_is_the_difference_quotient(build):
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [4, 8])
+def test_every_way_to_store_an_ffn_sends_by_the_formula(pair, top_k):
+    """Fused, in the decoder layer itself, given the residual."""
+    layer = set_gains(copy.deepcopy(pair[1])).sam_layers[0]
+    layer.top_k = top_k
+    x_Td, residual_Td = torch.randn(2, 9, 32)
+    torch.testing.assert_close(layer(x_Td), moe_output(layer, x_Td), atol=1e-5, rtol=1e-4)
+    expected_Td = residual_Td + moe_output(layer, x_Td)
+    torch.testing.assert_close(layer(x_Td, residual_Td), expected_Td, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_of_a_gain_is_the_difference_quotient(one_layer):
     adjacency_SS = np.triu(np.ones((4, 4), dtype=bool), 1)
-    layer = random_layer(build("llama", 4), adjacency_SS, 1, 0).double()
+    layer = random_layer(one_layer("llama", 4), adjacency_SS, 1, 0).double()
     x_Td = torch.randn(5, HIDDEN, dtype=torch.float64)
     gain_SE = layer.sam.gain_SE
     for top_k in (2, 4):
@@ -231,10 +234,10 @@ def test_all_visited_is_the_dense_model_at_gains_of_0_and_without_messages(dense
 
 
 @pytest.mark.parametrize("top_k", [3, 5])
-def test_a_client_sends_over_the_paths_among_what_it_holds(build, top_k):
+def test_a_client_sends_over_the_paths_among_what_it_holds(one_layer, top_k):
     """Slots are the formula over the contracted graph; the gains of tails that it does not hold have no gradient."""
     adjacency_SS = np.triu(np.ones((8, 8), dtype=bool), 1)
-    layer = random_layer(build("llama", 5), adjacency_SS[:5, :5], 2, 0)
+    layer = random_layer(one_layer("llama", 5), adjacency_SS[:5, :5], 2, 0)
     layer.held, layer.num_experts, layer.top_k = torch.tensor([0, 1, 3, 4, 7]), 8, top_k
     layer.sam.gain_SE = torch.nn.Parameter(torch.randn(5, 8) * 0.3)
     x_Td = torch.randn(7, HIDDEN)
@@ -312,7 +315,7 @@ def test_the_other_back_ends_are_refused(pair, one_rank, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def talking(tiny, one_rank, tmp_path_factory):
-    """`talking(*overrides)` -> a run of three rounds whose experts send messages, checkpointed after each."""
+    """A run of two rounds whose experts send messages."""
     from sam_ds.clients.worker import Worker
     from sam_ds.federation.run import prepare as prepare_run
     from sam_ds.federation.setup import clients_of, corpus_of
@@ -322,6 +325,22 @@ def talking(tiny, one_rank, tmp_path_factory):
     worker = Worker(config, base, clients_of(config, corpus_of(config)), [one_rank])
     yield Federation.of(config, base, worker).start()
     worker.close()
+
+
+def test_zero_3_trains_gains_as_zero_2(talking, one_rank):
+    from sam_ds.clients.worker import Worker
+
+    config, task, found = talking.server.config, task_for(talking.server, 0, seed=1), []
+    for stage in ("cpu_zero2.json", "zero3.json"):
+        tiers = {name: replace(tier, ds_config=stage) for name, tier in config.tiers.items()}
+        own = replace(config, tiers=tiers, train=replace(config.train, whole=0.0))
+        worker = Worker(own, talking.run / "base", talking.worker.clients, [one_rank])
+        found.append(worker.train(task).deltas)
+        worker.close()
+    gains = [unit for unit in found[0] if isinstance(unit, ExpertUnit) and unit.tensor == "gain"]
+    assert any(found[0][unit].any() for unit in gains)
+    for unit, delta in found[0].items():
+        np.testing.assert_allclose(found[1][unit], delta, atol=1e-5, err_msg=str(unit))
 
 
 def test_gains_move_in_a_federation_and_are_saved_with_its_model(talking, tmp_path):

@@ -327,6 +327,24 @@ def talking(tiny, one_rank, tmp_path_factory):
     worker.close()
 
 
+def test_what_is_of_the_merged_model_sends_nothing(talking, one_rank):
+    """The steps that visit all experts, and the run's merged figures."""
+    from sam_ds.clients.worker import Worker
+
+    server, config = talking.server, talking.server.config
+    own = replace(config, train=replace(config.train, whole=1.0))
+    worker = Worker(own, talking.run / "base", talking.worker.clients, [one_rank])
+    deltas = worker.train(task_for(server, 0)).deltas
+    worker.close()
+    assert not any(delta.any() for unit, delta in deltas.items() if getattr(unit, "tensor", "") == "gain")
+    assert all(delta.any() for unit, delta in deltas.items() if getattr(unit, "tensor", "") == "down")
+    before = server.evaluate("valid", 64)
+    set_gains(server.model, std=1.0)
+    after = server.evaluate("valid", 64)
+    server.follow_state()
+    assert after["merged"] == before["merged"] and after["sparse"] != before["sparse"]
+
+
 def test_zero_3_trains_gains_as_zero_2(talking, one_rank):
     from sam_ds.clients.worker import Worker
 

@@ -58,6 +58,7 @@ _SAM_CONFIG = {
     "standin_rank": ("--standin-rank", "of the linear stand-ins"),
     "allocation": ("--allocation", "visit --active in every layer: uniform; on average over them: sensitivity"),
     "density": ("--density", "share of the possible edges in the graph"),
+    "semantics": ("--semantics", "an edge lets tokens go on: reach; it carries outputs too, once trained: message"),
     "seed": ("--seed", "of all that is drawn"),
 }
 """Field of SamConfig: its flag, and what it means."""

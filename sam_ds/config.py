@@ -50,6 +50,7 @@ class SamSection(Checked):
     allocation: Literal["uniform", "sensitivity"] = "sensitivity"  # k of every layer, or on average over the layers
     density: Fraction = 0.5  # of the E (E - 1) / 2 possible edges of a layer, in the first graph
     graph: Literal["coactivation", "random"] = "coactivation"  # which edges the first graph has
+    semantics: Literal["reach", "message"] = "reach"  # an edge lets a token go on, or carries outputs with a gain too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

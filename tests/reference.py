@@ -197,7 +197,10 @@ def products_out_of(hidden_Tr, hidden_Pn, weight_md, visited_TS, n):
 
 
 def moe_output(layer, x_Td):
-    """y = sum_e s_e(x) + sum_{e in A(x)} w_e (f_e(x) - s_e(x)), one token and one expert at a time."""
+    """y = sum_e s_e(x) + sum_{e in A(x)} w_e (f_e(x_e) - s_e(x)), one token and one expert at a time.
+
+    x_e = x, and under `message` + sum_{p in A(x), p -> e} gain_ep w_p f_p(x_p).
+    """
     parts = layer.sam
     scores_TS = gate_scores(layer, x_Td)
     routing = route(scores_TS, parts.adjacency_SS, roots=layer.roots, **limit(layer))
@@ -211,10 +214,16 @@ def moe_output(layer, x_Td):
         for j, expert in enumerate(routing.chosen_TJ[t].tolist()):
             if expert >= 0:
                 weights[expert] = 1 + g_TJ[t, j] - g_TJ[t, j].detach()
-        for expert, weight in weights.items():
+        sent = {}
+        for expert, weight in sorted(weights.items()):
             own = slice(expert * layer.neurons, (expert + 1) * layer.neurons)
-            hidden_n = neurons_output(layer, x_d[None], own)[0]
-            y_d = y_d + weight * (hidden_n @ down_md[own] - standin_output(parts, expert, x_d[None])[0])
+            x_e = x_d
+            for parent, message_d in sent.items():
+                if layer.semantics == "message" and parts.adjacency_SS[parent, expert]:
+                    x_e = x_e + parts.gain_SE[expert, layer.held[parent]] * message_d
+            output_d = neurons_output(layer, x_e[None], own)[0] @ down_md[own]
+            y_d = y_d + weight * (output_d - standin_output(parts, expert, x_d[None])[0])
+            sent[expert] = weight * output_d
         if down_b is not None:
             y_d = y_d + down_b
         rows.append(y_d)

@@ -19,7 +19,7 @@ TINY = ["bench", "layer", "--d", "16", "--m", "64", "--tokens", "40", "--experts
 def test_layer_prints_one_json_object_or_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--active", "3,5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    calls = ("dense", "sam", *TRANSFORMERS, "deepspeed")
+    calls = ("dense", "sam", "message", *TRANSFORMERS, "deepspeed")
     table = result["rows"]
     assert [(row["k"], row["pass"], row["call"]) for row in table] == [
         (k, title, call) for k in (3, 5) for title in ("forward", "forward+backward") for call in calls
@@ -28,7 +28,8 @@ def test_layer_prints_one_json_object_or_a_table(capsys: pytest.CaptureFixture[s
     by = {(row["k"], row["pass"], row["call"]): row["median_s"] for row in table}
     ours, theirs = by[5, "forward", "sam"], by[5, "forward", "eager"]
     assert result["ratios"]["eager k=5 forward"] == pytest.approx(ours / theirs)
-    assert len(result["ratios"]) == 2 * 2 * 4
+    assert result["ratios"]["message k=5 forward"] == pytest.approx(by[5, "forward", "message"] / ours)
+    assert len(result["ratios"]) == 2 * 2 * 5
     assert main([*TINY, "--active", "4", "--dtype", "bf16"]) == 0
     assert "ideal k=4 forward+backward" in capsys.readouterr().out
 

@@ -80,13 +80,17 @@ def test_weights_are_those_of_the_real_model(trains):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-@pytest.mark.parametrize(("held", "trains"), [(3, "full"), (8, "full"), (8, "lora")])
-def test_a_pass_on_fake_tensors_takes_what_a_real_one_takes(family, held, trains):
+@pytest.mark.parametrize(("held", "trains", "semantics"), [
+    (3, "full", "reach"), (8, "full", "reach"), (8, "lora", "reach"), (3, "full", "message"), (8, "full", "message"),
+    (8, "lora", "message"),
+])  # fmt: skip
+def test_a_pass_on_fake_tensors_takes_what_a_real_one_takes(family, held, trains, semantics):
     """3 of 3 experts visited is the dense path, as it is counted but for the causal mask, which fake tensors cannot
     spare; 3 of 8 is routed, where tokens are gathered and put together."""
     section = tier(experts=held, trains=trains)
-    said = memory._passes(slot_model(meta(family), section, CONFIG), section, CONFIG, kept=1.0)
-    model = convert(dense(family), replace(SamConfig.of_run(CONFIG), allocation="uniform"))
+    config = replace(CONFIG, sam=replace(CONFIG.sam, semantics=semantics))
+    said = memory._passes(slot_model(meta(family), section, config), section, config, kept=1.0)
+    model = convert(dense(family), replace(SamConfig.of_run(config), allocation="uniform"))
     to_slots(model, held)
     add_assembler(model, seed=0)
     for parameter in model.parameters():

@@ -389,7 +389,7 @@ def test_bf16_converts_runs_trains_and_loads(dense, tmp_path):
 def test_autocast(dense, lora, kernel, monkeypatch):
     """As `transformers.Trainer` does with bf16=True; a rank of 8 suits the grouped kernel too."""
     # A layer with no choice has no pairs.
-    monkeypatch.setattr(grouped, "_worth_grouping", lambda _, pairs: kernel and len(pairs.token_P) > 0)
+    monkeypatch.setattr(grouped, "_worth_grouping", lambda _, rows, experts: kernel and rows > 0)
     model = convert(dense, standin_rank=8)
     if lora:
         prepare(with_updates(model), "lora", rank=8, alpha=8.0, seed=0, attention_rank=8)

@@ -187,6 +187,13 @@ def test_ffn_flops_by_hand() -> None:
     assert flops(2.5) == 1200 + 160
 
 
+def test_message_flops_by_hand() -> None:
+    """A message is 10 multiply-adds; 4 visited have 6 pairs, but the two roots exchange nothing."""
+    assert flops(4, semantics="message") - flops(4) == 2 * 10 * 5
+    assert flops(8, semantics="message", density=0.5) - flops(8) == 2 * 10 * 27 / 2
+    assert flops(2, semantics="message") == flops(2)
+
+
 def test_router_flops_by_hand() -> None:
     def router(name: str, *, gated: bool = True) -> float:
         return flops(2, router=name, router_rank=5, gated=gated) - flops(2, gated=gated) + 2 * 8 * 10

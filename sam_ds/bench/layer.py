@@ -2,8 +2,9 @@
 
 One gated FFN of random weights, seen as E experts; a random graph of half of the edges, stand-ins of rank 16. In ours
 all that a converted model does is timed: scores, route, stand-ins. The peers get its choices, and their outputs are
-compared with ours less the stand-ins. `ideal` is k / E of the dense FFN's median. Forward is without gradients;
-backward is to the input, the gate and all weights.
+compared with ours less the stand-ins. `ideal` is k / E of the dense FFN's median. `message` is our layer, its experts
+sending their outputs along all edges, and has no peer: its ratio is to ours without. Forward is without gradients;
+backward is to the input, the gate, the gains and all weights.
 
 Legend: T tokens, E experts, J = k - roots choices, d hidden, m neurons, q and p input and output rank of the stand-ins.
 """
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Rows: a layer, pass and k. Ratios: ours / the ideal, and ours / each other layer."""
+    """Rows: a layer, pass and k. Ratios: ours / the ideal, ours / each other layer, and ours with messages / ours."""
     active = _check(options)
     if not torch.cuda.is_available():
         # DeepSpeed would look for an accelerator, and print that it found none.
@@ -57,13 +58,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     dtype, device = _DTYPES[options.dtype], torch.device(options.device)
     dense, layer = random_layer(options, generator)
     dense, layer = dense.to(device), layer.to(device)
+    sender = with_messages(dense, layer)
     x_Td, dy_Td = (
         torch.randn(options.tokens, options.d, generator=generator).to(device, dtype).requires_grad_(needed)
         for needed in (True, False)
     )
     table, ratios = [], {}
     for k in active:
-        layer.top_k = k
+        layer.top_k = sender.top_k = k
         routing = route(layer.scores(x_Td), layer.sam.adjacency_SS, roots=layer.roots, k=k)
         peers: dict[str, nn.Module] = {
             name: TransformersLayer(layer, routing.chosen_TJ, name) for name in TRANSFORMERS
@@ -73,13 +75,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for name, peer in peers.items():
                 error = float((peer(x_Td) - expected_Td).norm() / expected_Td.norm())
                 assert error < 32 * torch.finfo(dtype).eps, f"{name} computes something else: {error}"
-        layers = {"dense": dense, "sam": layer} | peers
+        layers = {"dense": dense, "sam": layer, "message": sender} | peers
         for title in _PASSES:
             calls = {name: _call(one, x_Td, dy_Td if title != "forward" else None) for name, one in layers.items()}
             timed = interleave(calls, rounds=options.rounds)
             table += _rows(timed, title, k, k / options.experts)
             ours = timed["sam"].median
             ratios[f"ideal k={k} {title}"] = ours / (timed["dense"].median * k / options.experts)
+            ratios[f"message k={k} {title}"] = timed["message"].median / ours
             for name in peers:
                 ratios[f"{name} k={k} {title}"] = ours / timed[name].median
     return {"rows": table, "ratios": ratios}
@@ -131,6 +134,19 @@ def random_layer(
         rng = np.random.default_rng(options.seed)
         parts.adjacency_SS.copy_(torch.from_numpy(random_graph(options.experts, edges, layer.roots, rng)))
     return mlp, layer
+
+
+def with_messages(dense: nn.Module, layer: SamFFN) -> SamFFN:
+    """The layer again, on the same weights, with gains that are not 0."""
+    (ffn,) = find_ffns(nn.ModuleDict({"mlp": dense}))
+    config = SamConfig(
+        num_experts=layer.slots, top_k=layer.slots, roots=layer.roots, routing="top_k", semantics="message",
+        standin_rank=layer.sam.basis_dq.shape[1],
+    )  # fmt: skip
+    (sender,) = wrap_ffns([ffn], config)
+    sender.sam.load_state_dict(layer.sam.state_dict(), strict=False)
+    nn.init.constant_(sender.sam.gain_SE, 0.1)
+    return sender
 
 
 def gated_ffn(hidden: int, neurons: int) -> nn.Module:

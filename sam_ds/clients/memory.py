@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from sam_ds.clients.ds_config import ds_config, offloads
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
+from sam_ds.experts.message import Order, exchange, mail_to_all
 from sam_ds.experts.model import SamMixin, add_assembler, inject_layers, wrap_ffns
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns
@@ -196,6 +198,13 @@ def _visit_some(layer: SamFFN, visited: int) -> None:
             return y_Td
         return y_Td + (hidden_Tm @ layer.lora.down_rows[own]) @ layer.lora.down_out
 
+    def message(x_Td: Tensor, _: Any = None, weight_TS: Tensor | None = None, __: Any = None) -> Tensor:
+        return exchange(layer, x_Td, mail_to_all(x_Td, order), weight_TS)
+
+    if layer.semantics == "message":
+        # Over all edges: a client's graph is not known, and what an edge needs is given back at once.
+        order = Order(levels=tuple((slot,) for slot in range(visited)), edges=tuple(combinations(range(visited), 2)))
+        layer._dense = visit = message  # type: ignore[method-assign]
     layer.top_k = visited
     layer.routing, layer._visit = routing, visit  # type: ignore[method-assign]
 

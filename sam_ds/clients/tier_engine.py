@@ -181,7 +181,8 @@ class TierEngine:
         """One optimizer step on this rank's share of the batch; its loss in nats a token.
 
         `whole`: every token visits all experts held. What is learned over routes alone fits the sparse model, not
-        the merged one; slimmable networks train their largest width beside the smaller ones for the same reason.
+        the merged one; slimmable networks train their largest width beside the smaller ones for the same reason. The
+        merged model sends no messages, so such a step does not either.
         """
         self._visit(whole=whole)
         share = ids_BS.chunk(len(self.group.ranks))[self.group.position].to(self.engine.device)
@@ -192,8 +193,10 @@ class TierEngine:
         return float(loss.detach())
 
     def _visit(self, *, whole: bool) -> None:
+        whole = whole or not self.sparse
         for layer, budget in zip(self.layers, self.budgets, strict=True):
-            layer.top_k = layer.slots if whole or not self.sparse else min(budget, layer.slots)
+            layer.top_k = layer.slots if whole else min(budget, layer.slots)
+            layer.semantics = "reach" if whole else self.model.sam_config.semantics
 
     def mean_over_group(self, losses: list[float]) -> list[float]:
         """Of the whole batches, from those of this rank's shares."""
@@ -245,7 +248,7 @@ class TierEngine:
             if parameter == "wg":
                 index = self._paths.index(path)
                 yield name, self.store.wg[index][: self.layers[index].slots]
-            elif ".lora." in name:
+            elif ".lora." in name or parameter == "gain_SE":
                 yield name, torch.zeros(self._shapes[name])
             elif name not in weights and name in self.checkpoint:
                 yield name, self.checkpoint.read(name)

@@ -46,6 +46,9 @@ def check_tiers(dense: PreTrainedModel, config: RunConfig) -> dict[str, Estimate
         if tier.precision == "nf4" and tier.trains != "lora":
             raise InputError(f"tiers.{name}: weights in 4 bits do not train; give trains = 'lora', or precision = "
                              "'fp32' or 'bf16'")  # fmt: skip
+        if tier.precision == "nf4" and config.sam.semantics == "message":
+            raise InputError(f"tiers.{name}: weights in 4 bits do not exchange messages; give precision = 'bf16', or "
+                             "sam.semantics = 'reach'")  # fmt: skip
         if tier.precision == "nf4" and ffn.hidden * ffn.neurons // config.sam.num_experts % 64:
             raise InputError(f"tiers.{name}: an expert's matrix of {ffn.neurons // config.sam.num_experts} x "
                              f"{ffn.hidden} values is no multiple of nf4's blocks of 64; lower sam.num_experts, or "

@@ -19,20 +19,25 @@ def ffn_flops(config: SamConfig, *, hidden: int, neurons: int, gated: bool, acti
     """Forward FLOPs a token of one converted layer of `neurons` in all, `active` of E experts visited.
 
     `active` may be a mean over tokens. All experts visited is the dense layer, which runs without gate and
-    stand-ins. Raises InputError for `active` outside [0, E].
+    stand-ins. A message is `hidden` multiply-adds; that two visited experts have an edge is taken to be as likely as
+    for any two in the first graph. Raises InputError for `active` outside [0, E].
     """
     experts = config.num_experts
     if not 0 <= active <= experts:
         raise InputError(f"active must be between 0 and num_experts = {experts}, got {active}")
     dense = dense_flops(hidden=hidden, neurons=neurons, gated=gated)
+    messages = 0.0
+    if config.semantics == "message":
+        pairs = (active * (active - 1) - config.roots * (config.roots - 1)) / 2
+        messages = 2.0 * hidden * config.density * max(0.0, pairs)
     if active == experts:
-        return dense
+        return dense + messages
     inner, width = config.router_shape(hidden=hidden, neurons=neurons, gated=gated)
     gate = 2.0 * (hidden * inner + experts * width)
     rank, outputs = config.standin_shape(hidden)
     # The layer's form: V x, every expert's core, the output basis (experts/standins.py).
     standins = 2.0 * (rank * hidden + experts * (rank + 1) * outputs + outputs * hidden)
-    return dense * active / experts + gate + standins
+    return dense * active / experts + gate + standins + messages
 
 
 def forward_flops(*, other_parameters: int, ffn: float) -> float:

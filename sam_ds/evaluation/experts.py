@@ -5,7 +5,8 @@ Mass captured is the share of the feed-forward output's energy that the visited 
     sum_t sum_{e in A(x_t)} ||f_e(x_t) - mu_e||^2 / sum_t sum_e ||f_e(x_t) - mu_e||^2
 
 mu_e the mean of f_e over the same text: a constant is what the simplest stand-in gives for free. Stand-ins hold some
-of the rest, and experts cancel each other in part, so it bounds nothing: it says what the routes choose well.
+of the rest, and experts cancel each other in part, so it bounds nothing: it says what the routes choose well. f_e is of
+the layer's input, without messages.
 
 Legend: B rows, S tokens a row, T tokens, E experts, n neurons an expert, d hidden.
 """

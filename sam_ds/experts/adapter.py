@@ -81,7 +81,7 @@ def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Write what `PeftModel.from_pretrained(plain, folder)` reads, where `plain` has the neurons in this model's order;
-    beside it, in a file that PEFT does not read, the gates for `load_adapter`.
+    beside it, in a file that PEFT does not read, the gates, and the gains of messages, for `load_adapter`.
 
     Raises InputError as `adapter_state`. Under ZeRO-3, call it inside
     `deepspeed.zero.GatheredParameters(model.parameters())`, on every rank.
@@ -101,6 +101,10 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(state, Path(folder) / "adapter_model.safetensors")
     gates = {f"{index}": layer.sam.wg.detach().cpu().contiguous() for index, layer in enumerate(model.sam_layers)}
+    gates |= {
+        f"{index}.gain": layer.sam.gain_SE.detach().cpu().contiguous()
+        for index, layer in enumerate(model.sam_layers) if layer.sam.gain_SE is not None
+    }  # fmt: skip
     save_file(gates, Path(folder) / _GATES)
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -108,7 +112,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Put what `save_adapter` wrote on a model converted alike: its updates, and its gates.
+    """Put what `save_adapter` wrote on a model converted alike: its updates, its gates and gains.
 
     Raises InputError as `add_lora`, and where the folder is not of such a model.
     """
@@ -134,6 +138,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
             lora.up_in.copy_(a_Ri.t())
             lora.up_rows.copy_(b_oR)
             layer.sam.wg.copy_(gates[f"{index}"])
+            if layer.sam.gain_SE is not None:
+                layer.sam.gain_SE.copy_(gates[f"{index}.gain"])
     except (KeyError, RuntimeError, OSError) as error:
         for layer in model.sam_layers:
             layer.lora = None

@@ -46,6 +46,9 @@ class SamConfig:
     """Share of the E (E - 1) / 2 possible edges that the initial graph has; a path that is missing costs quality."""
     graph: str = "coactivation"
     """Which edges these are: between experts that are visited together (`coactivation`), or any (`random`)."""
+    semantics: str = "reach"
+    """What an edge p -> e means: a token that visits p may go on to e (`reach`), and what p puts out for it is added to
+    e's input with a learned gain, 0 at the start (`message`: experts/message.py)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,4 +132,5 @@ _CHOICES = (
     ("routing", ("threshold", "top_k")),
     ("standin", ("none", "mean", "linear")),
     ("allocation", ("uniform", "sensitivity")),
+    ("semantics", ("reach", "message")),
 )

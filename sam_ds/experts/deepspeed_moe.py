@@ -175,11 +175,14 @@ def to_deepspeed_moe(model: PreTrainedModel, ep_size: int = 1) -> None:
     `deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer` of the parameter groups, or let DeepSpeed
     make it. `to_views` is the inverse.
 
-    Raises InputError, before anything is moved: the model is not converted, has low-rank updates, is sharded (ZeRO-3)
-    or quantized; ep_size does not divide the experts or the ranks; no process group.
+    Raises InputError, before anything is moved: the model is not converted, has low-rank updates or messages, is
+    sharded (ZeRO-3) or quantized; ep_size does not divide the experts or the ranks; no process group.
     """
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first")
+    if model.sam_config.semantics == "message":
+        raise InputError("semantics='message' is of the torch back end: DeepSpeed's MoE layers compute all experts at "
+                         "once; convert with semantics='reach', or stay with the torch back end")  # fmt: skip
     if not deepspeed.comm.is_initialized():
         raise InputError("the deepspeed back end needs process groups: call deepspeed.init_distributed() first, or "
                          "start with the deepspeed command")  # fmt: skip

@@ -172,7 +172,7 @@ def _loss(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
     """KL(dense || routed), a mean over tokens."""
     assert isinstance(model, SamMixin)
     updates = [layer.lora for layer in model.sam_layers]
-    with torch.no_grad(), model.active(model.sam_config.num_experts):
+    with torch.no_grad(), model.dense():
         for layer in model.sam_layers:
             layer.lora = None
         teacher = model(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)

@@ -74,7 +74,7 @@ def into(
     """
     x_Td, *weights_dm = _same_precision(x_Td, *weights_dm)
     r = pairs.roots * pairs.neurons
-    if not _worth_grouping(weights_dm[0], pairs):
+    if not _worth_grouping(weights_dm[0][:, : pairs.neurons], len(pairs.token_P), len(pairs.ends_S)):
         out = _Into.apply(pairs, [known_Tr.to(x_Td.dtype) for known_Tr in products_Tr], x_Td, *weights_dm)
         return list(zip(out[::2], out[1::2], strict=True))
     x_Pd = x_Td.index_select(0, pairs.token_P)
@@ -90,7 +90,7 @@ def into(
 def out_of(hidden_Tr: Tensor, hidden_Pn: Tensor, weight_md: Tensor, pairs: Pairs) -> Tensor:
     """(T, d) the sums over the visited, in the weight's precision."""
     hidden_Tr, hidden_Pn, weight_md = _same_precision(hidden_Tr, hidden_Pn, weight_md)
-    if not _worth_grouping(weight_md.t(), pairs):
+    if not _worth_grouping(weight_md[: pairs.neurons], len(pairs.token_P), len(pairs.ends_S)):
         return _OutOf.apply(pairs, hidden_Tr, hidden_Pn, weight_md)
     out_Pd = grouped_mm(hidden_Pn, weight_md.unflatten(0, (-1, pairs.neurons)), offs=pairs.ends_S)
     # Not `index_add`, which on a GPU adds in another order every time.
@@ -100,6 +100,17 @@ def out_of(hidden_Tr: Tensor, hidden_Pn: Tensor, weight_md: Tensor, pairs: Pairs
     return hidden_Tr @ weight_md[: hidden_Tr.shape[1]] + out_TJd.sum(1)
 
 
+def of_each(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Rows that every expert has for itself, (p, i), times its weight (i, o): (p, o) of each."""
+    both = [_same_precision(own, weight) for own, weight in zip(rows, weights, strict=True)]
+    sizes = [len(own) for own, _ in both]
+    if not both or not _worth_grouping(both[0][1], sum(sizes), len(sizes)):
+        return [own @ weight for own, weight in both]
+    ends = torch.tensor(sizes, device=both[0][0].device).cumsum(0).int()
+    out_Po = grouped_mm(torch.cat([own for own, _ in both]), torch.stack([weight for _, weight in both]), offs=ends)
+    return list(out_Po.split(sizes))
+
+
 def _same_precision(*values: Tensor) -> list[Tensor]:
     """In that of the last, a weight; under autocast, which does not know the products here, in autocast's."""
     device = values[0].device.type
@@ -107,10 +118,10 @@ def _same_precision(*values: Tensor) -> list[Tensor]:
     return [value.to(dtype) for value in values]
 
 
-def _worth_grouping(weight_dm: Tensor, pairs: Pairs) -> bool:
-    """On a GPU, where rows are of 16 bytes, as the kernel wants them, and more than a handful."""
-    aligned = all(size * weight_dm.element_size() % 16 == 0 for size in (weight_dm.shape[0], pairs.neurons))
-    return weight_dm.is_cuda and aligned and len(pairs.token_P) >= 4 * len(pairs.ends_S)
+def _worth_grouping(weight_io: Tensor, rows: int, experts: int) -> bool:
+    """On a GPU, where rows are of 16 bytes, as the kernel wants them, and more than a handful; an expert's weight."""
+    aligned = all(size * weight_io.element_size() % 16 == 0 for size in weight_io.shape)
+    return weight_io.is_cuda and aligned and rows >= 4 * experts
 
 
 def _without_autocast(step: Callable[..., Any]) -> Callable[..., Any]:

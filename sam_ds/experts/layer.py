@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from sam_ds.errors import InputError
 from sam_ds.experts.grouped import into, out_of, pairs_of
 from sam_ds.experts.lora import LoraSlices
+from sam_ds.experts.message import exchange, mail_of, mail_to_all, order_of
 from sam_ds.experts.router import Features
 from sam_ds.experts.standins import with_one
 from sam_ds.experts.surgery import FFN
@@ -45,13 +46,15 @@ class SamParts(nn.Module):
 
     def __init__(
         self, *, slots: int, phi: Features, by_threshold: bool, standin_rank: int, standin_outputs: int,
-        hidden: int, like: Tensor,
+        hidden: int, like: Tensor, messages: bool,
     ) -> None:  # fmt: skip
         """Stand-ins have the precision of `like`, a weight of the FFN, everything its device."""
         super().__init__()
         device = like.device
         self.phi = phi
         self.wg = nn.Parameter(torch.zeros(slots, phi.width, device=device))
+        # By the ids of all tails: what an expert is sent is its own, whoever else is held (experts/message.py).
+        self.gain_SE = nn.Parameter(torch.zeros(slots, slots, device=device)) if messages else None
         # The score that an expert must have to be visited, for every mean number of visits; empty for a fixed number.
         budgets = slots + 1 if by_threshold else 0
         self.register_buffer("threshold_K", torch.full((budgets,), float("-inf"), device=device))
@@ -85,7 +88,7 @@ class SamFFN(nn.Module):
 
     def __init__(
         self, ffn: FFN, *, num_experts: int, top_k: int, roots: int, router: str, router_rank: int,
-        by_threshold: bool, standin_rank: int, standin_outputs: int,
+        by_threshold: bool, standin_rank: int, standin_outputs: int, semantics: str,
     ) -> None:  # fmt: skip
         super().__init__()
         # ZeRO-3 gathers the parameters of a leaf at once: this layer reads its children's, and never calls them.
@@ -119,8 +122,10 @@ class SamFFN(nn.Module):
         )  # fmt: skip
         self.sam = SamParts(
             slots=num_experts, phi=phi, by_threshold=by_threshold, standin_rank=standin_rank,
-            standin_outputs=standin_outputs, hidden=ffn.hidden, like=like,
+            standin_outputs=standin_outputs, hidden=ffn.hidden, like=like, messages=semantics == "message",
         )  # fmt: skip
+        self.semantics = semantics
+        """`reach` or `message`; a layer that knows messages sends none while this is `reach`."""
         self.lora: LoraSlices | None = None
         self.counters: Counters | None = None
         """Set to collect edge counts over the coming forward passes (None: do not count)."""
@@ -152,15 +157,14 @@ class SamFFN(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., d) -> (..., d). The FFNs that are given the residual (Bloom's) return the sum."""
         x_Td = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.top_k >= self.slots:
-            y_Td = self._dense(x_Td)
-            if self.slots < self.num_experts:
-                y_Td = y_Td + self.sam.standins(x_Td)
-        elif torch.compiler.is_compiling():
-            # One break in the graph: how many tokens an expert has, only the route says.
-            y_Td = torch.compiler.disable(self._routed)(x_Td)
-        else:
-            y_Td = self._routed(x_Td)
+        whole = self.top_k >= self.slots
+        compute = self._dense if whole else self._routed
+        if torch.compiler.is_compiling() and not (whole and self.semantics == "reach"):
+            # One break in the graph: how many tokens an expert has, only the route says; who sends, only the graph.
+            compute = torch.compiler.disable(compute)
+        y_Td = compute(x_Td)
+        if whole and self.slots < self.num_experts:
+            y_Td = y_Td + self.sam.standins(x_Td)
         bias = self.ffn.biases()[2]
         if bias is not None:
             y_Td = y_Td + bias
@@ -265,6 +269,8 @@ class SamFFN(nn.Module):
 
     def _dense(self, x_Td: Tensor) -> Tensor:
         """(T, d): all slots, visited by every token. Bias of the down-projection not included."""
+        if self.semantics == "message":
+            return exchange(self, x_Td, mail_to_all(x_Td, order_of(self.sam.adjacency_SS)))
         hidden_Tm = self.hidden(x_Td)
         y_Td = hidden_Tm @ self.matrices()[2]
         if self.lora is not None:
@@ -276,6 +282,8 @@ class SamFFN(nn.Module):
         self, x_Td: Tensor, visited_TS: Tensor, weight_TS: Tensor, products_Tr: Sequence[Tensor]
     ) -> Tensor:
         """(T, d): `_dense` of the roots, and of the other experts for the tokens that visit them, by their weights."""
+        if self.semantics == "message":
+            return exchange(self, x_Td, mail_of(visited_TS, order_of(self.sam.adjacency_SS)), weight_TS)
         pairs = pairs_of(visited_TS, roots=self.roots, neurons=self.neurons)
         weight_P, dtype = weight_TS[pairs.token_P, pairs.slot_P], x_Td.dtype
         up_dm, gate_dm, down_md = self.matrices()

@@ -108,7 +108,7 @@ class SamMixin:
     @contextmanager
     def active(self, top_k: float) -> Iterator[None]:
         """Visit `top_k` experts a token inside the block, on average over the layers; num_experts computes exactly
-        the dense model.
+        the dense model, if experts send no messages (`dense`).
 
         Raises InputError if top_k is below the number of roots or above num_experts.
         """
@@ -123,6 +123,19 @@ class SamMixin:
         finally:
             for layer, k in zip(self.sam_layers, before, strict=True):
                 layer.top_k = k
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Compute what the plain model of a saved folder does inside the block: all experts visited, no messages."""
+        before = [layer.semantics for layer in self.sam_layers]
+        for layer in self.sam_layers:
+            layer.semantics = "reach"
+        try:
+            with self.active(self.sam_config.num_experts):
+                yield
+        finally:
+            for layer, semantics in zip(self.sam_layers, before, strict=True):
+                layer.semantics = semantics
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, counted whole where ZeRO-3 has sharded them away."""
@@ -156,13 +169,23 @@ class SamMixin:
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False) -> PreTrainedModel:
         """The plain model of the original class: everything learned folded in, everything of SAM's removed.
 
-        Raises InputError, if `safe_merge`, for a layer whose weights would not be finite; the model is as it was then.
+        Raises InputError, if `safe_merge`, for a layer whose weights would not be finite, and where experts send
+        messages, which no weights can hold; the model is as it was then.
         """
+        gains = {
+            layer.ffn.path: float(layer.sam.gain_SE.detach().abs().max())
+            for layer in self.sam_layers if layer.sam.gain_SE is not None
+        }  # fmt: skip
+        path = max(gains, key=lambda name: gains[name], default="")
+        if gains and gains[path] > 0.0:
+            raise InputError(f"experts send messages, of gains up to {gains[path]:.3g} in {path}, and no plain model "
+                             "does: save_pretrained keeps them; fold_lora() and unload() leave them out, which is "
+                             "another function; semantics='reach' never has any")  # fmt: skip
         self.fold_lora(safe=safe_merge, progress=progressbar)
         return self.unload()
 
     def unload(self) -> PreTrainedModel:
-        """The plain model of the original class; low-rank updates that were not folded are dropped."""
+        """The plain model of the original class; low-rank updates that were not folded are dropped, and messages."""
         assert isinstance(self, PreTrainedModel)
         self.check_views("unloaded")
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
@@ -176,7 +199,8 @@ class SamMixin:
         return self
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the folder; low-rank updates must be folded in before (`fold_lora`).
+        """Write the folder; low-rank updates must be folded in before (`fold_lora`). The gains of messages are among
+        what SAM adds: `sam_ds.from_pretrained` reads them, the plain model of the folder sends none (`dense`).
 
         Raises InputError where an unfolded update would be lost, and for `variant`: a folder has one set of weights.
         """
@@ -265,7 +289,7 @@ def wrap_ffns(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
             SamFFN(
                 ffn, num_experts=config.num_experts, top_k=config.top_k, roots=config.roots, router=config.router,
                 router_rank=config.router_rank, by_threshold=config.routing == "threshold", standin_rank=rank,
-                standin_outputs=outputs,
+                standin_outputs=outputs, semantics=config.semantics,
             )
         )  # fmt: skip
     return layers

@@ -209,11 +209,15 @@ def to_nf4(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> None:
     What trains afterwards are gates and low-rank updates (`units.prepare(model, "lora", ...)`). There is no way back:
     the folder has the weights. Gates, stand-ins, norms, biases and embeddings are not quantized.
 
-    Raises InputError, before anything is changed: not converted, experts in DeepSpeed's MoE layers, sharded weights,
-    experts whose matrices are not whole blocks of 64 values, an adapter, or a matrix of a kind that it does not know.
+    Raises InputError, before anything is changed: not converted, experts in DeepSpeed's MoE layers, messages, sharded
+    weights, experts whose matrices are not whole blocks of 64 values, an adapter, or a matrix of a kind that it does
+    not know.
     """
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first, or load a converted folder")
+    if model.sam_config.semantics == "message":
+        raise InputError("semantics='message' is of the torch back end, which 4 bits are not: convert with "
+                         "semantics='reach', or load the model in full or half precision")  # fmt: skip
     for layer in model.sam_layers:
         if layer.backend != "torch":
             raise InputError(f"nf4 is of the torch back end, and the experts of {layer.ffn.path} are in the "

@@ -30,6 +30,8 @@ def to_slots(model: PreTrainedModel, slots: int) -> None:
         resize(layer.ffn, slots * layer.neurons)
         parts = layer.sam
         parts.wg = torch.nn.Parameter(parts.wg[:slots].detach().clone())
+        if parts.gain_SE is not None:
+            parts.gain_SE = torch.nn.Parameter(parts.gain_SE[:slots].detach().clone())
         parts.register_buffer("core_SQp", parts.core_SQp[:slots].clone())
         parts.register_buffer("adjacency_SS", parts.adjacency_SS[:slots, :slots].clone())
         hand_back(original, layer.ffn)

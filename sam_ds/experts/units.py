@@ -7,6 +7,7 @@ and up, (n, 2, ...). A shared parameter is a unit as a whole. What trains is one
     full      the experts' own weights and gate rows; the assembler; `dense`: all other parameters too
     lora      the expert-owned low-rank rows and gate rows; the assembler; `dense`: the norms too; `attention_rank`:
               one low-rank factor of each attention projection, as a whole
+    (with `full` and `lora`, beside the gate rows, the gains of the messages that an expert is sent)
     lora-both both low-rank factors as a whole (FedIT)
     all       every parameter of the dense model (FedAvg)
 """
@@ -89,6 +90,10 @@ def trained_fields(model: PreTrainedModel, trains: str) -> list[Field]:
         Field(layer=index, num_experts=layer.num_experts, tensor="wg", parameter=f"{path}.sam.wg", dim=0, width=1)
         for index, (path, layer) in enumerate(_layers(model))
     ]
+    for index, (path, layer) in enumerate(_layers(model)):
+        if layer.sam.gain_SE is not None:
+            gates.append(Field(layer=index, num_experts=layer.num_experts, tensor="gain",
+                               parameter=f"{path}.sam.gain_SE", dim=0, width=1))  # fmt: skip
     if trains == "full":
         return expert_weights(model) + gates
     rows = []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sam_ds.evaluation.costs import ffn_flops, training_flops
+from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
 from sam_ds.federation.participation import ClientPlan
 from sam_ds.federation.server import Server
@@ -88,9 +90,13 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     """FLOPs of a client's local training on this many tokens, attention and embeddings included."""
     layers = server.model.sam_layers
 
-    def forward(layer: SamFFN, active: int) -> float:
+    routed = server.model.sam_config
+    # A step that visits all held sends no messages.
+    silent = replace(routed, semantics="reach")
+
+    def forward(layer: SamFFN, active: int, sam: SamConfig) -> float:
         return ffn_flops(
-            server.model.sam_config, hidden=layer.ffn.hidden, neurons=layer.neurons * server.num_experts,
+            sam, hidden=layer.ffn.hidden, neurons=layer.neurons * server.num_experts,
             gated=layer.ffn_names[1] is not None, active=active,
         )  # fmt: skip
 
@@ -99,7 +105,7 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     ffn = 0.0
     for layer, held in zip(layers, client.experts, strict=True):
         most = len(held) if server.method.sparse else server.num_experts
-        ffn += whole * forward(layer, most) + (1.0 - whole) * forward(layer, min(layer.top_k, most))
+        ffn += whole * forward(layer, most, silent) + (1.0 - whole) * forward(layer, min(layer.top_k, most), routed)
     frozen = server.trains.startswith("lora")
     return tokens * training_flops(other_parameters=server.other_parameters(), ffn=ffn, frozen=frozen)
 

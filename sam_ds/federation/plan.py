@@ -7,7 +7,7 @@ tier, so what is counted is what the run's own code makes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import AutoConfig, PreTrainedModel
 
@@ -164,8 +164,9 @@ def _of_one(field: Field, sizes: dict[str, int], slots: int) -> int:
 def _flops(config: RunConfig, shape: ModelShape, tier: TierSection) -> float:
     """Of one client's local training in a round."""
     sizes = {"hidden": shape.hidden, "neurons": shape.neurons, "gated": shape.gated}
-    routed = ffn_flops(SamConfig.of_run(config), active=min(config.sam.top_k, tier.experts), **sizes)
-    held = ffn_flops(SamConfig.of_run(config), active=tier.experts, **sizes)
+    sam = SamConfig.of_run(config)
+    routed = ffn_flops(sam, active=min(config.sam.top_k, tier.experts), **sizes)
+    held = ffn_flops(replace(sam, semantics="reach"), active=tier.experts, **sizes)
     whole = sum(config.train.whole_steps()) / config.train.steps
     ffn = shape.layers * (whole * held + (1 - whole) * routed)
     other = shape.parameters - shape.layers * shape.ffn_parameters - shape.embeddings

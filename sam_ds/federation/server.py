@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -232,10 +233,11 @@ class Server:
         began = time.perf_counter()
         texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
         whole = dict.fromkeys(texts, self.model.graph())
-        result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.num_experts, whole), "sparse": None}
+        result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.model.dense, whole), "sparse": None}
         if self.config.evaluation.sparse and self.method.sparse:
             graphs = self.domain_graphs() if self.method.assembles else whole
-            result["sparse"] = self._judged(texts, tokens, self.config.sam.top_k, graphs)
+            routed = partial(self.model.active, self.config.sam.top_k)
+            result["sparse"] = self._judged(texts, tokens, routed, graphs)
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
@@ -256,16 +258,17 @@ class Server:
         }
 
     def _judged(
-        self, texts: Mapping[str, Sequence[str]], tokens: int, top_k: int, graphs: Mapping[str, torch.Tensor]
-    ) -> dict[str, Any]:
+        self, texts: Mapping[str, Sequence[str]], tokens: int, mode: Callable[[], AbstractContextManager[None]],
+        graphs: Mapping[str, torch.Tensor],
+    ) -> dict[str, Any]:  # fmt: skip
         if not self.state.personal:
-            return self._summary(self._score(texts, tokens, top_k, graphs))
+            return self._summary(self._score(texts, tokens, mode, graphs))
         judges = {name: [c for c, domain in enumerate(self.domains) if domain == name] for name in texts}
         sums = {name: DomainScore(nll_sum=0.0, tokens=0) for name in texts}
         for client in range(len(self.domains)):
             mine = {name: text for name, text in texts.items() if client in (judges[name] or [client])}
             self._write(self.state.units | self.state.personal.get(client, {}))
-            for name, score in self._score(mine, tokens, top_k, graphs).items():
+            for name, score in self._score(mine, tokens, mode, graphs).items():
                 sums[name] = DomainScore(
                     nll_sum=sums[name].nll_sum + score.nll_sum, tokens=sums[name].tokens + score.tokens
                 )
@@ -273,12 +276,13 @@ class Server:
         return self._summary(sums)
 
     def _score(
-        self, texts: Mapping[str, Sequence[str]], tokens: int, top_k: int, graphs: Mapping[str, torch.Tensor]
-    ) -> dict[str, DomainScore]:
+        self, texts: Mapping[str, Sequence[str]], tokens: int, mode: Callable[[], AbstractContextManager[None]],
+        graphs: Mapping[str, torch.Tensor],
+    ) -> dict[str, DomainScore]:  # fmt: skip
         section = self.config.evaluation
         scores: dict[str, DomainScore] = {}
         for name, own in texts.items():
-            with self.model.active(top_k), self.model.over(graphs[name]):
+            with mode(), self.model.over(graphs[name]):
                 scores |= perplexity_by_domain(
                     self.model, self.tokenizer, {name: own}, window=section.window, stride=section.stride,
                     batch=section.batch, max_tokens=tokens,
@@ -314,7 +318,10 @@ class Server:
         return torch.from_numpy(calibration_rows(self.config, self.corpus, self.tokenizer))
 
     def save_model(self, folder: Path) -> None:
-        """Fold everything learned into the weights and save them with the graph. The last thing a run does."""
+        """Fold everything learned into the weights and save them with the graph. The last thing a run does.
+
+        Messages cannot be folded: their gains are saved beside, and are what a plain load of the folder leaves out.
+        """
         self.model.fold_lora()
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)

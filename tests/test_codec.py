@@ -24,6 +24,7 @@ from sam_ds.wire.payload import (
     parse_unit,
     unit_name,
 )
+from sam_ds.wire.values import row_count
 from sam_ds.wire.varint import decode_varints, encode_varints
 from sam_ds.wire.zeros import Encoding
 
@@ -129,8 +130,9 @@ def test_sizes_by_hand():
     x[:16] = 0
     assert body(x) == ("rle", "RAW", 1 + 14 + 224)
     assert body(np.ones(100, np.float32), values="bf16") == ("dense", "BF16", 200)
-    assert body(np.ones((4, 25), np.float32), values="int8") == ("dense", "INT8", 4 * 4 + 100)
-    assert body(np.ones((3, 25), np.float32), values="int4") == ("dense", "INT4", 4 * 3 + 38)
+    assert body(np.ones((4, 25), np.float32), values="int8") == ("dense", "INT8", 4 + 100)  # one scale for 64 or more
+    assert body(np.ones((4, 64), np.float32), values="int8") == ("dense", "INT8", 4 * 4 + 256)
+    assert body(np.ones((3, 25), np.float32), values="int4") == ("dense", "INT4", 4 + 38)
     # Zigzag: -64..63 take one byte.
     assert body(np.array([-64, 63, 1, -1], np.int64)) == ("dense", "VARINT", 4)
     assert body(np.array([-65, 64, 1, -1], np.int64)) == ("dense", "VARINT", 6)
@@ -200,7 +202,8 @@ def test_codes_stay_within_a_step(array, dtype, stochastic, values):
     got, _ = decode(encode(array, values=values, rng=np.random.default_rng(0) if stochastic else None))
     assert got.shape == array.shape and got.dtype == array.dtype and np.isfinite(got).all()
     exact = array.astype(np.float64)
-    absmax = np.abs(exact).max(axis=-1, keepdims=True, initial=0) if array.ndim else np.abs(exact)
+    rows = np.abs(exact).reshape(max(row_count(exact.shape, exact.size), 1), -1)
+    absmax = np.broadcast_to(rows.max(axis=-1, keepdims=True, initial=0), rows.shape).reshape(exact.shape)
     step = absmax / {"int8": 127, "int4": 7}[values] * (1 + 1e-6) + 1e-44
     rounding = np.abs(exact) * float(np.finfo(dtype).eps) + float(np.finfo(dtype).smallest_subnormal)
     assert (np.abs(got - exact) <= step * (1 if stochastic else 0.5) + rounding + 1e-45).all()

@@ -7,12 +7,12 @@ payloads survive `raw`.
 - `raw`: the bits, little endian; a bool needs no bytes at all, its position is its value.
 - `bf16`: the upper half of the float32 (a float64 is rounded to float32 first), round to nearest, ties to
   even.
-- `int8`: x ~ code * scale, one float32 scale = absmax / 127 per row of the last axis. With a generator the
+- `int8`: x ~ code * scale, one float32 scale = absmax / 127 per row (`row_count`). With a generator the
   rounding is stochastic, floor(x / scale + u), u ~ U[0, 1): E[decoded] = x (as QSGD, 1610.02132).
 - `int4`: the same with absmax / 7, two codes a byte, the first in the low half.
 - `varint`: integers only; signed ones zigzag-folded (0, -1, 1, -2 -> 0, 1, 2, 3) as in Protocol Buffers.
 
-Shape legend: N values of the flat array, R rows (N / last axis).
+Shape legend: N values of the flat array, R rows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Values(IntEnum):
 
 STEPS = {Values.INT8: 127, Values.INT4: 7}
 """The largest code of the kinds with a scale per row."""
+_ROW = 64
+"""Values that a scale is at least for, where the shape allows it."""
 
 
 def allowed(kind: Values, dtype: np.dtype[Any]) -> bool:
@@ -58,8 +60,18 @@ def code_dtype(kind: Values, dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def row_count(shape: tuple[int, ...], size: int) -> int:
-    """R: scales of an `int8` or `int4` array of `shape` and `size` values; 1 for a scalar, 0 for an empty array."""
-    return size // shape[-1] if shape and size else min(size, 1)
+    """R: scales of an `int8` or `int4` array of `shape` and `size` values; 1 for a scalar, 0 for an empty array.
+
+    A row is one of the last axis, or as many together as have 64 values: beside 16 values of 4 bits, a scale of their
+    own would be a third of all.
+    """
+    if not shape or not size:
+        return min(size, 1)
+    together = 1
+    if len(shape) > 1:
+        divisors = [count for count in range(1, 65) if shape[-2] % count == 0]
+        together = next((count for count in divisors if count * shape[-1] >= _ROW), divisors[-1])
+    return size // (shape[-1] * together)
 
 
 def to_codes(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
 from in_process import Federation, over_the_wire, task_for
 
@@ -19,6 +19,7 @@ from sam_ds.federation.messages import (
     count_bytes,
     counters_of,
     message_bytes,
+    registration_of,
     result_content,
     task_content,
     task_of,
@@ -143,3 +144,28 @@ def test_bytes_are_counted_as_sent(tiny, tmp_path):
     extra = [encode(task.condition, base_round=1), *(encode(np.full(size, 255, np.uint8)) for size in (4, 7))]
     assert counted.encoded == sum(map(len, blobs.values())) + sum(map(len, extra))
     assert counted.encoded < counted.message
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"client": 6}, "client 6 is none of the 6"),
+    ({"client": 1.0}, "client 1.0 is none"),
+    ({"num-examples": 0}, "has 0 examples"),
+    ({"rates": np.full((2, 8), 1.5, np.float32)}, "rates of client 1 are not finite, or no shares"),
+    ({"scores": np.full((2, 8), np.nan, np.float32)}, "scores of client 1 are not finite"),
+    ({"scores": np.zeros((2, 9), np.float32)}, r"scores of client 1 are float32 \(2, 9\)"),
+    ({"scores": None}, "scores of client 1"),
+])  # fmt: skip
+def test_a_registration_is_checked(wrong, words):
+    arrays = {"scores": np.zeros((2, 8), np.float32), "rates": np.ones((2, 8), np.float32)}
+    facts = {"client": 1, "num-examples": 3}
+
+    def content(wrong):
+        given = {name: wrong.get(name, value) for name, value in arrays.items()}
+        blobs = {f"shared/{name}": encode(value) for name, value in given.items() if value is not None}
+        metrics = MetricRecord({name: wrong.get(name, value) for name, value in facts.items()})
+        return RecordDict({"description": blob_record(blobs), "metrics": metrics})
+
+    client, examples, scores, rates = registration_of(content({}), (6, 2, 8))
+    assert (client, examples, scores.sum(), rates.sum()) == (1, 3, 0, 16)
+    with pytest.raises(RejectedUpdate, match=words):
+        registration_of(content(wrong), (6, 2, 8))

@@ -126,6 +126,34 @@ def reply_content(reply: Message) -> RecordDict:
     return reply.content
 
 
+def registration_of(
+    content: RecordDict, shape_NLE: tuple[int, ...]
+) -> tuple[int, int, NDArray[np.float32], NDArray[np.float32]]:
+    """A client's number, its examples, mean gate scores (L, E) and visit rates (L, E), checked: everything later is
+    drawn and weighed by them. Raises RejectedUpdate."""
+    for name in ("metrics", "description"):
+        if name not in content:
+            raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
+    facts = dict(content["metrics"])
+    client, examples = facts.get("client"), facts.get("num-examples")
+    if not (isinstance(client, int) and 0 <= client < shape_NLE[0]):
+        raise RejectedUpdate("corrupt", f"client {str(client)[:80]} is none of the {shape_NLE[0]}")
+    if not (isinstance(examples, int) and 1 <= examples < 1 << 40):
+        raise RejectedUpdate("corrupt", f"client {client} has {str(examples)[:80]} examples")
+    blobs, values = blobs_of(content["description"]), []
+    for name, low, high in (("scores", -np.inf, np.inf), ("rates", 0.0, 1.0)):
+        try:
+            value = decode(blobs.get(f"shared/{name}", b""), max_bytes=_MAX_COUNTER_BYTES)[0]
+        except CodecError as error:
+            raise RejectedUpdate("corrupt", f"{name} of client {client}: {error}") from None
+        if value.shape != shape_NLE[1:] or value.dtype != np.float32:
+            raise RejectedUpdate("wrong-shape", f"{name} of client {client} are {value.dtype} {value.shape}")
+        if not bool((np.isfinite(value) & (value >= low) & (value <= high)).all()):
+            raise RejectedUpdate("corrupt", f"{name} of client {client} are not finite, or no shares")
+        values.append(value)
+    return client, examples, values[0], values[1]
+
+
 def counters_of(content: RecordDict, held: tuple[tuple[int, ...], ...], round_: int) -> list[NDArray[np.int64]]:
     """Per layer (3, S, S), checked. Raises RejectedUpdate."""
     blobs = blobs_of(content["counters"])

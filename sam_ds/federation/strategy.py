@@ -28,7 +28,14 @@ from sam_ds.clients.task import Task
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer, weight_warnings
 from sam_ds.federation.graphs import UNKNOWN, graph_records
-from sam_ds.federation.messages import blobs_of, count_bytes, counters_of, reply_content, task_content
+from sam_ds.federation.messages import (
+    blobs_of,
+    count_bytes,
+    counters_of,
+    registration_of,
+    reply_content,
+    task_content,
+)
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
@@ -37,7 +44,6 @@ from sam_ds.federation.scores import heard, load_shares, running_mean
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
 from sam_ds.graph.privacy import clip_counters
-from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import (
     ByteCount,
     ExpertUnit,
@@ -247,15 +253,16 @@ class SamStrategy(Strategy):
         for reply in replies:
             if reply.has_error():
                 raise RunStopped(f"node {reply.metadata.src_node_id} failed to register: {reply.error.reason}")
-            facts = dict(reply.content["metrics"])
-            client = int(facts["client"])
+            try:
+                client, examples, scores, rates = registration_of(reply.content, server.state.scores.shape)
+            except RejectedUpdate as error:
+                node = reply.metadata.src_node_id
+                raise RunStopped(f"node {node} registered with what makes no sense: {error}") from None
             self._nodes[client] = reply.metadata.src_node_id
             if fresh:
-                blobs = blobs_of(reply.content["description"])
-                server.state.examples[client] = int(facts["num-examples"])
-                server.state.scores[client] = decode(blobs["shared/scores"])[0]
-                server.state.rates[client] = decode(blobs["shared/rates"])[0]
-                server.state.fitness[client] = server.state.rates[client]
+                server.state.examples[client] = examples
+                server.state.scores[client] = scores
+                server.state.rates[client] = server.state.fitness[client] = rates
         if set(self._nodes) != set(range(wanted)):
             missing = sorted(set(range(wanted)) - set(self._nodes))
             raise RunStopped(f"clients {missing} did not register")

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import RULES, AggregationConfig, Aggregator
-from sam_ds.federation.participation import systematic_sample
+from sam_ds.federation.participation import sample_experts
 
 CLIENTS, DRAWN, EXPERTS, WIDTH = 4, 2, 4, 3
 GRAINS = 8
-"""h is a multiple of 1 / GRAINS, so that as many starts of the comb are all that differ."""
+"""h and the sampler's lambda are such multiples of 1 / GRAINS that as many starts of the comb are all that differ."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,13 +82,13 @@ def _case(seed: int, options: argparse.Namespace) -> dict[str, tuple[float, floa
 
 
 def _design(rng: np.random.Generator) -> tuple[NDArray[np.float64], dict[tuple[int, ...], float]]:
-    """h (E,), one root and others that differ, and subset -> probability under `systematic_sample`."""
+    """h (E,), one root and others that differ, and subset -> probability under `sample_experts`."""
     others = ((1, 2, 5), (3, 6, 7))[int(rng.integers(2))]
     h_E = np.array([GRAINS, *rng.permutation(others)]) / GRAINS
     chances: dict[tuple[int, ...], float] = {}
-    permutations = list(itertools.permutations(range(EXPERTS)))
+    permutations = list(itertools.permutations(range(EXPERTS - 1)))
     for permutation, start in itertools.product(permutations, range(GRAINS)):
-        subset = tuple(systematic_sample(h_E, _Scripted(permutation, start)).tolist())  # type: ignore[arg-type]
+        subset = tuple(sample_experts(h_E, _Scripted(permutation, start)).tolist())  # type: ignore[arg-type]
         chances[subset] = chances.get(subset, 0.0) + 1 / (len(permutations) * GRAINS)
     return h_E, chances
 

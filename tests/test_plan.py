@@ -87,7 +87,7 @@ def test_what_cannot_run_is_refused(tiny, tmp_path, overrides, arguments, messag
         plan_run(tiny.config(tmp_path, *overrides), **{"ranks": 2, "rank_gib": 1.0} | arguments)
 
 
-@pytest.mark.parametrize("name", ["a40x8.toml", "a40x8_64.toml"])
+@pytest.mark.parametrize("name", ["a40x8.toml", pytest.param("a40x8_64.toml", marks=pytest.mark.slow)])
 def test_llama_2_7b_on_eight_a40(name, capsys, monkeypatch):
     """From its sizes alone; the folder has no weights."""
     monkeypatch.chdir(ROOT)

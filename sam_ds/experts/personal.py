@@ -83,6 +83,31 @@ def describe_text(
     return torch.stack(scores) / count_L1, torch.stack(visits) / count_L1
 
 
+def _described(model: PreTrainedModel, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """As `describe_text`, of a model that holds all experts. Raises InputError as `check_text` does."""
+    check_text(model, [ids_BS], what="text")
+    device = next(model.parameters()).device
+
+    def read() -> None:
+        for rows_BS in ids_BS.split(_BATCH):
+            model(input_ids=rows_BS.to(device), use_cache=False)
+
+    layers, training = model.sam_layers, model.training
+    model.eval()
+    try:
+        gates, budgets = [layer.sam.wg.float() for layer in layers], [layer.top_k for layer in layers]
+        return describe_text(layers, gates, budgets, read)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def condition_of_text(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    """(L, E + 1) what the assembler is told of a text (B, S) and a client that holds all experts. Raises InputError as
+    `personal_graph` does."""
+    return client_condition(_described(model, ids_BS)[0], 1.0)
+
+
 @torch.no_grad()
 def personal_graph(
     model: PreTrainedModel, ids_BS: Tensor, *, edges: int, experts: int | None = None
@@ -106,20 +131,7 @@ def personal_graph(
     if edges < config.num_experts - config.roots:
         raise InputError(f"edges must be at least {config.num_experts - config.roots}, one into each expert beside "
                          f"the roots, got {edges}")  # fmt: skip
-    check_text(model, [ids_BS], what="text")
-    device = next(model.parameters()).device
-
-    def read() -> None:
-        for rows_BS in ids_BS.split(_BATCH):
-            model(input_ids=rows_BS.to(device), use_cache=False)
-
-    layers, training = model.sam_layers, model.training
-    model.eval()
-    try:
-        gates, budgets = [layer.sam.wg.float() for layer in layers], [layer.top_k for layer in layers]
-        scores_LE, rates_LE = describe_text(layers, gates, budgets, read)
-    finally:
-        model.train(training)
+    scores_LE, rates_LE = _described(model, ids_BS)
     condition = client_condition(scores_LE, experts / config.num_experts)
     graph_LEE = hard_graph(model.sam_assembler, condition, model.graph().numpy(), edges, config.roots)
     held = []

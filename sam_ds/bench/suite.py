@@ -64,10 +64,14 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Of all that decides the outcome: the configuration, of the paths only the last name."""
-        facts = flatten(self.config)
+        """Of what decides the outcome: all that is not the default, so that a new setting leaves old cells as they
+        are; of the paths only the last name."""
+        facts, usual = flatten(self.config), flatten(RunConfig())
         facts |= {name: Path(str(facts[name])).name for name in ("model", "data")}
-        kept = {name: value for name, value in facts.items() if name != "out" and not name.startswith("runtime.")}
+        kept = {
+            name: value for name, value in facts.items()
+            if name != "out" and not name.startswith("runtime.") and value != usual.get(name)
+        }  # fmt: skip
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,11 +67,13 @@ def test_cells_take_the_rate_of_the_variant_they_name(tmp_path):
 
 def test_a_cell_is_its_configuration_wherever_it_runs(tmp_path):
     path = write(tmp_path)
-    here, there = (Suite(path, model=f"/{place}/m", data=f"/{place}/x/d") for place in ("here", "there"))
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    here, there = Suite(path, data="/x/d"), Suite(path, models=tmp_path / "models", data="/y/x/d")
     one, other = (suite.cells(suite.tables["main"], {}) for suite in (here, there))
     assert [cell.digest for cell in one] == [cell.digest for cell in other]
     assert len({cell.digest for cell in one}) == 6
-    renamed = Suite(path, model="/here/n")
+    assert one[0].config.model == "m" and other[0].config.model == str(tmp_path / "models" / "m")
+    renamed = Suite(write(tmp_path, SUITE.replace('"m"', '"n"')))
     assert renamed.cells(renamed.tables["main"], {})[0].digest != one[0].digest
     elsewhere = Suite(write(tmp_path, base="runtime = { threads = 3 }"))
     assert elsewhere.cells(elsewhere.tables["main"], {})[0].digest == one[0].digest
@@ -83,6 +87,8 @@ def test_a_cell_is_its_configuration_wherever_it_runs(tmp_path):
     ('"sam", "fedavg", "bytes"', '"sam", "fedit", "bytes"', "tables.main.compare must be of"),
     ("{{ explore = 0.0 }}", "{{ explore = 2.0 }}", "variants.twin under settings.one: federation.explore must be"),
     ("[settings.one]", "[settings.one]\nsead = 1\n[settings.two]", "unknown key 'sead'"),
+    ('setting = "one"', 'setting = "two"', r"no \[tune\] of one of its settings"),
+    ('["sam", "fedavg", "bytes", "merged"]', '["fedavg", "sam", "bytes", "sparse"]', "'fedavg' has no sparse model"),
     ("compare =", "compared =", "unknown key tables.main.compared; did you mean 'compare'"),
 ])  # fmt: skip
 def test_a_suite_that_makes_no_sense_is_refused(tmp_path, old, new, message):
@@ -115,9 +121,39 @@ def test_lines_that_are_no_cells_are_refused(tmp_path):
     assert read_results(path) == {}
     path.write_text('{"digest": "a", "seed": 1}\n{"digest": "a", "seed": 2}\n')
     assert read_results(path)["a"]["seed"] == 2
+    path.write_text('{"digest": "a", "seed": 1}\n{"digest": "b", "se')
+    assert list(read_results(path)) == ["a"]
     path.write_text("{}\n")
     with pytest.raises(InputError, match="line 1 is not a cell"):
         read_results(path)
+
+
+@pytest.mark.distributed
+def test_a_cell_that_fails_or_runs_elsewhere_does_not_stop_the_others(tiny, tmp_path, capsys, monkeypatch):
+    """The runs are stood in for: one refuses, one diverges, one is locked by another process."""
+    text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("seeds = [0, 1]", "seeds = [0]")
+    suite = Suite(write(tmp_path, text))
+    cells = {cell.variant: cell for cell in suite.cells(suite.tables["main"], {})}
+    runs = tmp_path / "runs"
+    said = {"sam": "something else broke", "twin": "round 1 had no valid answer in 3 attempts"}
+    asked = []
+
+    def stands_in(command, *, stdout, **_):
+        name = Path(command[-1].removeprefix("out=")).name.split("-")[0]
+        asked.append(name)
+        stdout.write(said[name])
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("subprocess.run", stands_in)
+    (runs / cells["fedavg"].name).mkdir(parents=True)
+    with open(runs / cells["fedavg"].name / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = ["bench", "federation", "--config", str(tmp_path / "suite.toml"), "--runs", str(runs)]
+        for expected in (["sam", "twin"], ["sam"]):
+            asked.clear()
+            assert main([*arguments, "--jobs", "1"]) == 2
+            assert asked == expected  # what diverged is an outcome, what broke is tried again
+            assert "something else broke" in capsys.readouterr().err
 
 
 @pytest.mark.distributed
@@ -127,9 +163,9 @@ def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     lines = "\n".join(f"{key} = {value}" for key, value in base.items())
     text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("federation = {{ rounds = 2 }}", "seed = 0")
     text = text.replace('["sam", "twin", "fedavg"]', '["sam", "fedavg"]').replace("seeds = [0, 1]", "seeds = [0]")
-    text = text.replace('"bytes"', '"rounds"')
-    arguments = ["bench", "federation", "--config", str(write(tmp_path, text, lines)), "--model", str(tiny.model),
-                 "--data", str(tiny.corpus), "--runs", str(tmp_path / "runs"), "--json"]  # fmt: skip
+    text = text.replace('"bytes"', '"rounds"').replace('model = "m"', f'model = "{tiny.model.name}"')
+    arguments = ["bench", "federation", "--config", str(write(tmp_path, text, lines)), "--data", str(tiny.corpus),
+                 "--models", str(tiny.model.parent), "--runs", str(tmp_path / "runs"), "--json"]  # fmt: skip
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["variant"], row["seeds"]) for row in result["rows"]] == [("sam", 1), ("fedavg", 1)]
@@ -142,6 +178,6 @@ def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     page = (tmp_path / "benchmarks" / "suite.html").read_text()
     assert page.count("<svg") == 6
     # Nothing runs again, wherever the model is now.
-    assert main([*arguments[:-1], "--json", "--jobs", "1", "--minutes", "0"]) == 0
+    assert main([*arguments, "--jobs", "1", "--minutes", "0", "--models", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == result["rows"]
     assert (tmp_path / "benchmarks" / "suite.jsonl").read_text() == lines

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from sam_ds import from_pretrained, personal_graph
 from sam_ds.cli import main
-from sam_ds.commands.reading import token_rows
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import perplexity_by_domain
+from sam_ds.evaluation.reading import token_rows
 from sam_ds.experts.personal import describe_text
 from sam_ds.graph.dag import check_graph, random_graph
 

@@ -11,6 +11,7 @@ at the end, or ours at the last that has spent no more than the peer's whole run
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="TOML file of the suite")
     parser.add_argument("--table", default="main", help="one of the suite's")
     parser.add_argument("--quick", action="store_true", help="the table 'quick': some minutes, embedded data")
-    parser.add_argument("--model", help="the base's model, where it is on this machine")
+    parser.add_argument("--models", default=".", help="folder where models lie under the suite's names for them")
     parser.add_argument("--data", help="the base's data, where they are on this machine")
     parser.add_argument("--results", help="JSON lines, a cell a line; by default beside --config, in benchmarks/")
     parser.add_argument("--runs", default="runs/bench", help="where the runs are; of a finished one the metrics stay")
@@ -54,8 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     path = Path(options.config)
     if options.quick:
         options.table = "quick"
-    given = {name: getattr(options, name) for name in ("model", "data") if getattr(options, name)}
-    suite = Suite(path, **({} if options.quick else given))
+    suite = Suite(path, models=Path(options.models), data=options.data)
     if options.table not in suite.tables:
         hint = nearest(options.table, suite.tables)
         raise InputError(f"--table must be one of {', '.join(suite.tables)}, got {options.table!r}{hint}")
@@ -65,70 +65,93 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results = Path(options.results or path.parent / "benchmarks" / f"{path.stem}.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)
 
+    failed: list[str] = []
+
     def run_all(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         records = read_results(results)
         left = list({cell.digest: cell for cell in cells if cell.digest not in records}.values())
         deadline = began + 60 * options.minutes
+
+        def measure(cell: Cell) -> None:
+            try:
+                _measure(cell, Path(options.runs), results, deadline)
+            except InputError as error:
+                # The others do not wait for its repair.
+                failed.append(str(error))
+
         with ThreadPoolExecutor(options.jobs) as pool:
-            found = pool.map(lambda cell: _measure(cell, Path(options.runs), results, deadline), left)
-            return records | {record["digest"]: record for record in found if record is not None}
+            list(pool.map(measure, left))
+        return read_results(results)
 
     trials = suite.trials(table)
     records = run_all([cell for by_rate in trials.values() for cell in by_rate.values()])
     tuned = {}
     for variant, by_rate in trials.items():
         if all(cell.digest in records for cell in by_rate.values()):
-            tuned[variant] = min(by_rate, key=lambda rate: records[by_rate[rate].digest]["curve"][-1]["merged"])
+            tuned[variant] = min(by_rate, key=lambda rate: _end(records[by_rate[rate].digest]))
     cells = [
         cell for cell in suite.cells(table, tuned)
         if suite.rates_of(cell.variant) in tuned or suite.rates_of(cell.variant) not in trials
     ]  # fmt: skip
     records = run_all(cells)
-    done = [(cell, records[cell.digest]) for cell in cells if cell.digest in records]
+    done = [(cell, records[cell.digest]) for cell in cells if records.get(cell.digest, {}).get("curve")]
     if not done:
-        raise InputError("no cell is finished yet: give it more --minutes")
-    texts = {(record["data"], record["model"]) for _, record in done}
-    if len({setting for _, setting in texts}) < len(texts):
-        raise InputError(f"{results} has records of different texts under one name: {sorted(texts)}; give another file")
+        raise InputError("\n".join(["no cell is finished yet: give it more --minutes", *failed]))
+    texts = {(cell.setting, record["data"]) for cell, record in done if cell.config.method != "central"}
+    if len({setting for setting, _ in texts}) < len(texts):
+        raise InputError(f"{results} has records of different texts under one setting: {sorted(texts)}; give another "
+                         "file")  # fmt: skip
     pairs = [pair for comparison in table.compare for pair in _compared(comparison, done)]
     results.with_suffix(".html").write_text(_page(table, done), encoding="utf-8")
     return {
         "rows": _rows(table, done), "ratios": {pair["name"]: pair["ratio"] for pair in pairs}, "pairs": pairs,
         "tuned": tuned, "missing": len(suite.cells(table, tuned)) - len(done),
+        "failed": failed,
     }  # fmt: skip
 
 
-def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> dict[str, Any] | None:
-    """Run a cell, or go on with it, and write its record; None if it is too late to begin."""
+def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
+    """Run a cell, or go on with it, and write its record; nothing if it is too late to begin, or it runs elsewhere.
+
+    Raises InputError where it stops for another reason than that it diverged, which is an outcome.
+    """
     if time.monotonic() > deadline:
-        return None
+        return
     folder = runs / cell.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "given.toml").write_text(to_toml(cell.config))
-    if (folder / "config.toml").exists():
-        arguments = ["--resume", str(folder)]
-    else:
-        arguments = ["--config", str(folder / "given.toml"), "--set", f"out={folder}"]
-    began = time.perf_counter()
-    # One rank without a launcher, its port free as of now.
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    with open(folder / "log.txt", "a") as log:
-        code = subprocess.run(
-            [sys.executable, "-c", _RUN, *arguments], stdout=log, stderr=log,
-            env=os.environ | ranks | {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"},
-        ).returncode  # fmt: skip
-    if code:
-        raise InputError(f"the cell {cell.name} stopped with {code}; {folder / 'log.txt'} says why:\n"
-                         + (folder / "log.txt").read_text()[-2000:])  # fmt: skip
-    record = {
-        "digest": cell.digest, "variant": cell.variant, "setting": cell.setting, "seed": cell.config.seed,
-        "lr": cell.config.train.lr, "seconds": time.perf_counter() - began,
-    } | facts(read(folder / "metrics.jsonl"))  # fmt: skip
-    with open(results, "a") as lines:
-        lines.write(json.dumps(record) + "\n")
-    for part in ("base", "checkpoints", "model", "spool"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-    return record
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        (folder / "given.toml").write_text(to_toml(cell.config))
+        if (folder / "config.toml").exists():
+            arguments = ["--resume", str(folder)]
+        else:
+            arguments = ["--config", str(folder / "given.toml"), "--set", f"out={folder}"]
+        began = time.perf_counter()
+        # One rank without a launcher, its port free as of now.
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        with open(folder / "log.txt", "a") as log:
+            # It keeps the lock: should this process die, nobody else takes the folder while it goes on.
+            code = subprocess.run(
+                [sys.executable, "-c", _RUN, *arguments], stdout=log, stderr=log, pass_fds=(lock.fileno(),),
+                env=os.environ | ranks | {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"},
+            ).returncode  # fmt: skip
+        record = {
+            "digest": cell.digest, "variant": cell.variant, "setting": cell.setting, "seed": cell.config.seed,
+            "lr": cell.config.train.lr, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        if code == 0:
+            record |= facts(read(folder / "metrics.jsonl"))
+        elif "had no valid answer" in (why := (folder / "log.txt").read_text()[-2000:]):
+            record |= {"diverged": True}
+        else:
+            raise InputError(f"the cell {cell.name} stopped with {code}; {folder / 'log.txt'} says why:\n{why}")
+        with open(results, "a") as lines:
+            lines.write(json.dumps(record) + "\n")
+        for part in ("base", "checkpoints", "model", "redrawn", "spool"):
+            shutil.rmtree(folder / part, ignore_errors=True)
 
 
 def facts(records: Records) -> dict[str, Any]:
@@ -191,7 +214,8 @@ def _compared(comparison: Comparison, done: Sequence[tuple[Cell, dict[str, Any]]
             ours, peer = (by.get((setting, seed, name)) for name in (comparison.ours, comparison.peer))
             if ours is not None and peer is not None:
                 mine, yours = equal_points(ours, peer, comparison.axis)
-                ratios.append(mine[comparison.model] / (yours[comparison.model] or yours["merged"]))
+                theirs = best(yours) if comparison.model == "merged" else yours["sparse"] or yours["merged"]
+                ratios.append(mine[comparison.model] / theirs)
         if ratios:
             error = float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else None
             found.append({
@@ -210,6 +234,17 @@ def equal_points(ours: Curve, peer: Curve, axis: str) -> tuple[Mapping[str, Any]
     mine = [point for point in ours if point[what] <= budget][-1]
     yours = next(point for point in peer if point[what] >= mine[what])
     return mine, yours
+
+
+def best(point: Mapping[str, Any]) -> float:
+    """The better of the two models of a peer: that of a mask is the masked one."""
+    return min(float(point[name]) for name in ("merged", "sparse") if point[name] is not None)
+
+
+def _end(record: Mapping[str, Any]) -> float:
+    """What a trial comes to: inf where it diverged."""
+    value = best(record["curve"][-1]) if "curve" in record else math.inf
+    return value if math.isfinite(value) else math.inf
 
 
 def _page(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from sam_ds.config import RunConfig, flatten, from_flat
 from sam_ds.errors import InputError, nearest
+from sam_ds.federation.methods.registry import configured
 from sam_ds.tables import leaves, merge
 
 AXES = ("rounds", "bytes", "flops")
@@ -83,8 +84,9 @@ class Cell:
 class Suite:
     """A suite as its file says it. Raises InputError for what is missing, unknown or no configuration."""
 
-    def __init__(self, path: Path, **overrides: str) -> None:
-        """`overrides`: the base's `model` and `data`, as they are called on this machine."""
+    def __init__(self, path: Path, *, models: Path = Path("."), data: str | None = None) -> None:
+        """`models`: the folder where models lie under the names that the suite has for them; `data`: where the base's
+        data are on this machine."""
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -99,14 +101,18 @@ class Suite:
             if not document.get(name):
                 raise InputError(f"{path} has no [{name}.NAME]")
         self._base = document.get("base", {})
-        self._overrides = overrides
+        self._models, self._data = models, data
         self.variants: dict[str, dict[str, Any]] = document["variants"]
         self.settings: dict[str, dict[str, Any]] = document["settings"]
         self.tables = {name: self._table(name, table) for name, table in document["tables"].items()}
         self._tune = document.get("tune")
         # What contradicts is found before anything runs.
-        for table in self.tables.values():
-            self.cells(table, {})
+        for name, table in self.tables.items():
+            subsets = {cell.variant: cell.config.subsets for cell in self.cells(table, {})}
+            for comparison in table.compare:
+                if comparison.model == "sparse" and not subsets[comparison.ours]:
+                    raise InputError(f"tables.{name}.compare: {comparison.ours!r} has no sparse model")
+            self.trials(table)
 
     def cells(self, table: Table, rates: Mapping[str, float]) -> list[Cell]:
         """All cells of a table; `rates`: train.lr of the variants that were tuned."""
@@ -124,13 +130,15 @@ class Suite:
         found: dict[str, dict[float, Cell]] = {}
         for variant in dict.fromkeys(self.rates_of(variant) for variant in table.variants if table.tuned):
             rates = self.variants[variant].get("rates", [])
-            if rates and self._tune is None:
-                raise InputError(f"variants.{variant} has rates, but the suite has no [tune]")
+            if rates and (self._tune is None or self._tune.get("setting") not in self.settings
+                          or not all(isinstance(self._tune.get(name), int) for name in ("seed", "rounds"))):
+                raise InputError(f"variants.{variant} has rates, but the suite has no [tune] of one of its settings, a "
+                                 "seed and rounds")  # fmt: skip
             for rate in rates:
                 cell = self._cell(variant, self._tune["setting"], self._tune["seed"], rate)
                 config = cell.config
                 # Judged once, at the end, on text that no table is of.
-                evaluation = replace(config.evaluation, split="valid", every=self._tune["rounds"], sparse=False)
+                evaluation = replace(config.evaluation, split="valid", every=self._tune["rounds"])
                 federation = replace(config.federation, rounds=self._tune["rounds"])
                 config = replace(config, federation=federation, evaluation=evaluation)
                 found.setdefault(variant, {})[rate] = replace(cell, setting="tune", config=config)
@@ -139,13 +147,15 @@ class Suite:
     def _cell(self, variant: str, setting: str, seed: int, rate: float | None) -> Cell:
         document: dict[str, Any] = {}
         own = {name: value for name, value in self.variants[variant].items() if name not in ("rates", "rates_of")}
-        for table in (self._base, self.settings[setting], own):
+        here = {} if self._data is None else {"data": self._data}
+        for table in (self._base, here, self.settings[setting], own, {"seed": seed}):
             merge(document, table, replace=True)
-        merge(document, {"seed": seed} | self._overrides, replace=True)
+        if (folder := self._models / str(document.get("model"))).is_dir():
+            document["model"] = str(folder)
         if rate is not None:
             merge(document, {"train": {"lr": rate}}, replace=True)
         try:
-            config = from_flat(dict(leaves(document)))
+            config = configured(from_flat(dict(leaves(document))))
         except InputError as error:
             raise InputError(f"variants.{variant} under settings.{setting}: {error}") from error
         return Cell(variant=variant, setting=setting, config=config)
@@ -180,9 +190,10 @@ class Suite:
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Digest -> record, the last line of each. Raises InputError for a line that is no record."""
+    """Digest -> record, the last line of each; a last line that is only half written is left out. Raises InputError for
+    a line that is no record."""
     records = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], 1):
         try:
             record = cast(dict[str, Any], json.loads(line))
             records[str(record["digest"])] = record

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sam_ds.bench.options import check_sizes
-from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.batches import batch_indices
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.nll import token_nll
+from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
 from sam_ds.experts.personal import condition_of_text, personal_graph
 from sam_ds.graph.assembler import hard_graph

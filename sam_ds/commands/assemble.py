@@ -8,8 +8,8 @@ import json
 import torch
 from transformers import AutoTokenizer
 
-from sam_ds.commands.reading import texts_of, token_rows, window_of
 from sam_ds.errors import InputError
+from sam_ds.evaluation.reading import texts_of, token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
 from sam_ds.experts.personal import personal_graph
 

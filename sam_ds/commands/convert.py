@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.experts import describe, percent
+from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.experts import LayerFacts, describe, percent
 from sam_ds.evaluation.figure import figure
+from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.evaluation.svg import arc_diagram
 from sam_ds.experts.checkpoint import from_pretrained, readable
 

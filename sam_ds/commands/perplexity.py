@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sam_ds.commands.reading import token_rows, window_of
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import headline, perplexity_by_domain
+from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, is_converted, readable
 from sam_ds.experts.personal import personal_graph
 from sam_ds.graph.dag import full_graph, random_graph

@@ -49,7 +49,9 @@ _SAM_CONFIG = {
     "num_experts": ("--experts", "experts a layer; must divide its neurons"),
     "top_k": ("--active", "experts a token visits, roots included"),
     "roots": ("--roots", "experts that every token visits"),
-    "features": ("--features", "cluster neurons by weights, activations or output"),
+    "root_choice": ("--root-choice", "neurons become roots whose output varies most: spread; of the largest |w g|: "
+                    "saliency"),
+    "features": ("--features", "cluster neurons by weights, activations or output; random: not"),
     "regroups": ("--regroups", "rounds of regrouping neurons for the routes after it"),
     "router": ("--router", "what the gate reads: " + ", ".join(ROUTERS)),
     "router_rank": ("--router-rank", "of the routers low_rank and mlp"),
@@ -58,6 +60,7 @@ _SAM_CONFIG = {
     "standin_rank": ("--standin-rank", "of the linear stand-ins"),
     "allocation": ("--allocation", "visit --active in every layer: uniform; on average over them: sensitivity"),
     "density": ("--density", "share of the possible edges in the graph"),
+    "graph": ("--graph", "its edges: between experts visited together, coactivation; or random"),
     "semantics": ("--semantics", "an edge lets tokens go on: reach; it carries outputs too, once trained: message"),
     "seed": ("--seed", "of all that is drawn"),
 }

@@ -284,13 +284,14 @@ def test_adapters_keep_the_gains(pair, tmp_path):
 
 def test_merging_is_refused_while_experts_send_messages(pair):
     model = copy.deepcopy(pair[1])
+    tail, head = model.graph()[1].nonzero()[-1].tolist()
     with torch.no_grad():
-        model.sam_layers[1].sam.gain_SE[5, 2] = -0.25
+        model.sam_layers[1].sam.gain_SE[head, tail] = -0.25
     path = model.sam_layers[1].ffn.path
     with pytest.raises(InputError, match=rf"gains up to 0.25 in {path}, .*save_pretrained .*unload\(\)"):
         model.merge_and_unload()
     with torch.no_grad():
-        model.sam_layers[1].sam.gain_SE.zero_()
+        model.sam_layers[1].sam.gain_SE.zero_()[2, 5] = 1.0  # of no edge: nothing is sent
     assert not hasattr(model.merge_and_unload(), "sam_layers")
 
 

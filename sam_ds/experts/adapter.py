@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sam_ds.errors import InputError
+from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.units import prepare
@@ -56,8 +57,11 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> No
 def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """PEFT's names and shapes: `base_model.model.PATH.lora_A.weight` (R, inputs), `lora_B.weight` (outputs, R).
 
-    Raises InputError where the layers hold only some experts, or no low-rank updates.
+    Raises InputError where the layers hold only some experts, or no low-rank updates, or the attention has some.
     """
+    if maps := list(updated_maps(model)):
+        raise InputError(f"{maps[0]} has a low-rank update of its own, which this adapter does not know; call "
+                         "fold_lora() and save the model, or train without attention updates")  # fmt: skip
     state = {}
     for layer, (up, gate, down) in zip(_adapted(model), _paths(model), strict=True):
         lora = layer.lora

@@ -41,7 +41,7 @@ def output_fisher(model: nn.Module, ffns: Sequence[FFN], batches: Sequence[Tenso
     def keep(index: int, output: Tensor) -> Tensor:
         check_finite(ffns[index].path, output)
         # A model of frozen weights has no graph yet.
-        outputs[index] = output if output.requires_grad else output.detach().requires_grad_()
+        outputs[index] = output if output.requires_grad else output.detach().requires_grad_().clone()
         return outputs[index]
 
     handles = [

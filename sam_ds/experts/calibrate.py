@@ -145,7 +145,7 @@ def refit_layer(layer: SamFFN, x_Td: Tensor, *, seed: int) -> Tensor:
     """(E, Q, p) the core that fits the stand-ins of a layer to experts that have changed, low-rank updates among them,
     and to the routes of now; both bases stay."""
     x_Td = _shuffled(x_Td, seed)
-    bases = (layer.sam.basis_dq, layer.sam.spread_pd)
+    bases = (layer.sam.basis_dq.float(), layer.sam.spread_pd.float())
     return _fit(layer, x_Td, layer.scores(x_Td), _center(layer, x_Td), seed=seed, bases=bases).core_EQp
 
 

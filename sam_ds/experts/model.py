@@ -173,11 +173,12 @@ class SamMixin:
         messages, which no weights can hold; the model is as it was then.
         """
         gains = {
-            layer.ffn.path: float(layer.sam.gain_SE.detach().abs().max())
+            layer.ffn.path: float((layer.sam.gain_SE.detach() * layer.sam.adjacency_SS.t()).abs().max())
             for layer in self.sam_layers if layer.sam.gain_SE is not None
         }  # fmt: skip
         path = max(gains, key=lambda name: gains[name], default="")
-        if gains and gains[path] > 0.0:
+        # Not `> 0`: what is no number is sent too.
+        if gains and not gains[path] == 0.0:
             raise InputError(f"experts send messages, of gains up to {gains[path]:.3g} in {path}, and no plain model "
                              "does: save_pretrained keeps them; fold_lora() and unload() leave them out, which is "
                              "another function; semantics='reach' never has any")  # fmt: skip
@@ -331,5 +332,10 @@ def add_assembler(model: PreTrainedModel, *, seed: int) -> None:
 
 
 def assembler_prior(affinity_LEE: Tensor) -> Tensor:
-    """(L, E, E) logits the assembler starts from."""
-    return affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()
+    """(L, E, E) logits the assembler starts from, standardised in each layer over the possible edges: lifts differ by a
+    few hundredths, which a fresh assembler's own say would drown."""
+    log_LEE = affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()
+    possible_EE = torch.ones_like(log_LEE[0], dtype=torch.bool).triu(1)
+    log_LP = log_LEE[:, possible_EE]
+    mean_L, spread_L = log_LP.mean(1), log_LP.std(1, correction=0).clamp(min=1e-6)
+    return (log_LEE - mean_L[:, None, None]) / spread_L[:, None, None]

@@ -63,10 +63,12 @@ def describe_text(
         visits[index] += routing.visited_TS.float().sum(0).cpu()
         tokens[index] += len(x_Td)
 
-    before = [(layer.counters, layer.sam.adjacency_SS.clone()) for layer in layers]
+    before = [(layer.counters, layer.semantics, layer.sam.adjacency_SS.clone()) for layer in layers]
     handles = []
     for index, layer in enumerate(layers):
         layer.counters = None
+        # Gains of edges that are not the model's would be sent along too.
+        layer.semantics = "reach"
         layer.sam.adjacency_SS.fill_(True).triu_(1)
         handles.append(
             layer.register_forward_pre_hook(lambda _, args, index=index: look(index, args[0].flatten(0, -2)))
@@ -76,8 +78,8 @@ def describe_text(
     finally:
         for handle in handles:
             handle.remove()
-        for layer, (counters, adjacency_SS) in zip(layers, before, strict=True):
-            layer.counters = counters
+        for layer, (counters, semantics, adjacency_SS) in zip(layers, before, strict=True):
+            layer.counters, layer.semantics = counters, semantics
             layer.sam.adjacency_SS.copy_(adjacency_SS)
     count_L1 = torch.tensor(tokens)[:, None]
     return torch.stack(scores) / count_L1, torch.stack(visits) / count_L1

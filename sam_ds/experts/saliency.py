@@ -34,7 +34,7 @@ def saliency(model: PreTrainedModel, ffns: Sequence[FFN], batches: Sequence[Tens
         inputs[index] = args[0].detach().flatten(0, -2)
 
     def leave(index: int, output: Tensor) -> Tensor:
-        outputs[index] = output if output.requires_grad else output.detach().requires_grad_()
+        outputs[index] = output if output.requires_grad else output.detach().requires_grad_().clone()
         return outputs[index]
 
     handles = []

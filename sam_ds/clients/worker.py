@@ -21,7 +21,7 @@ from sam_ds.clients.task import REGISTRATION_TOKENS, Result, Task, WorkerGroup
 from sam_ds.clients.tier_engine import TierEngine
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import batch_indices, pack
-from sam_ds.data.partition import ClientData
+from sam_ds.data.partition import ClientData, holder
 from sam_ds.errors import InputError
 from sam_ds.wire.payload import ExpertUnit
 
@@ -42,9 +42,7 @@ class Worker:
 
     def rows(self, client: int, round_: int = 0) -> NDArray[np.int64]:
         """(B, S) the client's own training tokens: from the round of the shift on, those the next client had."""
-        shift = self.config.federation.shift_round
-        if 0 < shift <= round_:
-            client = (client + 1) % len(self.clients)
+        client = holder(client, round_, clients=len(self.clients), shift_round=self.config.federation.shift_round)
         if client not in self._rows:
             self._rows[client] = pack(self.clients[client].texts, self.tokenizer, self.config.train.sequence)
         return self._rows[client]

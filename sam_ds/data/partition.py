@@ -112,6 +112,11 @@ class DirichletPartitioner:
                 for client in range(self.num_partitions)]
 
 
+def holder(client: int, round_: int, *, clients: int, shift_round: int) -> int:
+    """Whose documents a client has in a round: from the round of the shift on (0: never) those the next one had."""
+    return (client + 1) % clients if 0 < shift_round <= round_ else client
+
+
 def partition_clients(corpus: Corpus, *, clients: int, scheme: str = "domain", alpha: float = 0.5,
                       seed: int = 0) -> list[ClientData]:
     """The clients of a run, in order of their number; each train document goes to exactly one of them.

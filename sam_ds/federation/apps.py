@@ -22,7 +22,7 @@ from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, from_flat
 from sam_ds.federation.graphs import follow
 from sam_ds.federation.messages import blob_record, result_content, task_of
-from sam_ds.federation.methods.registry import configured
+from sam_ds.federation.methods.registry import METHODS, configured
 from sam_ds.federation.run import run_server
 from sam_ds.federation.setup import clients_of, corpus_of
 from sam_ds.wire.codec import encode
@@ -68,10 +68,14 @@ def train(message: Message, context: Context) -> Message:
     wire = worker.config.wire
     # Stochastic rounding is unbiased, as the aggregation needs it to be.
     rng = np.random.default_rng([_UPLOAD, worker.config.seed, task.round, task.client])
+    stays = METHODS[worker.config.method].stays
     blobs = encode_units(
-        result.deltas, values=wire.values, base_round=task.round, compress=wire.compress,
-        rng=rng if wire.values in ("int8", "int4") else None,
+        {unit: delta for unit, delta in result.deltas.items() if not stays(unit)}, values=wire.values,
+        base_round=task.round, compress=wire.compress, rng=rng if wire.values in ("int8", "int4") else None,
     )  # fmt: skip
+    # What stays with the client is not rounded for a wire that it does not see.
+    kept = {unit: delta for unit, delta in result.deltas.items() if stays(unit)}
+    blobs |= encode_units(kept, base_round=task.round)
     return Message(result_content(result, blobs, task.round, edits), reply_to=message)
 
 

@@ -24,6 +24,8 @@ from sam_ds.wire.codec import CodecError, decode, encode
 from sam_ds.wire.payload import STYPE, ByteCount, RejectedUpdate, decode_units
 
 _MAX_COUNTER_BYTES = 1 << 26
+_MAX_COUNT = 1 << 40
+"""Of tokens or examples that one client can have: sums over clients and rounds stay within 64 bits."""
 
 
 def blob_record(blobs: Mapping[str, bytes]) -> ArrayRecord:
@@ -35,6 +37,8 @@ def blob_record(blobs: Mapping[str, bytes]) -> ArrayRecord:
 
 def blobs_of(record: ArrayRecord) -> dict[str, bytes]:
     """The blobs of a record. Raises RejectedUpdate for an array of any other serialisation type."""
+    if not isinstance(record, ArrayRecord):
+        raise RejectedUpdate("corrupt", f"a {type(record).__name__} where arrays were asked for")
     for name, array in record.items():
         if array.stype != STYPE:
             raise RejectedUpdate("corrupt", f"{name[:80]!r} is of type {array.stype[:40]!r}, not {STYPE!r}")
@@ -131,14 +135,14 @@ def registration_of(
 ) -> tuple[int, int, NDArray[np.float32], NDArray[np.float32]]:
     """A client's number, its examples, mean gate scores (L, E) and visit rates (L, E), checked: everything later is
     drawn and weighed by them. Raises RejectedUpdate."""
-    for name in ("metrics", "description"):
-        if name not in content:
+    for name, kind in (("metrics", MetricRecord), ("description", ArrayRecord)):
+        if not isinstance(content.get(name), kind):
             raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
     facts = dict(content["metrics"])
     client, examples = facts.get("client"), facts.get("num-examples")
     if not (isinstance(client, int) and 0 <= client < shape_NLE[0]):
         raise RejectedUpdate("corrupt", f"client {str(client)[:80]} is none of the {shape_NLE[0]}")
-    if not (isinstance(examples, int) and 1 <= examples < 1 << 40):
+    if not (isinstance(examples, int) and 1 <= examples <= _MAX_COUNT):
         raise RejectedUpdate("corrupt", f"client {client} has {str(examples)[:80]} examples")
     blobs, values = blobs_of(content["description"]), []
     for name, low, high in (("scores", -np.inf, np.inf), ("rates", 0.0, 1.0)):
@@ -170,7 +174,7 @@ def counters_of(content: RecordDict, held: tuple[tuple[int, ...], ...], round_: 
             raise RejectedUpdate("wrong-round", f"{name} is of {base_round}, not {round_}")
         if value.shape != (3, len(experts), len(experts)) or value.dtype != np.int64:
             raise RejectedUpdate("wrong-shape", f"{name} is {value.dtype} {value.shape}")
-        if value.min(initial=0) < 0:
-            raise RejectedUpdate("corrupt", f"{name} has a negative count")
+        if value.min(initial=0) < 0 or value.max(initial=0) > _MAX_COUNT:
+            raise RejectedUpdate("corrupt", f"{name} has a count that is negative or above 2^40")
         values.append(value)
     return values

@@ -27,6 +27,7 @@ from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, Splits
+from sam_ds.data.partition import holder
 from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domain
 from sam_ds.experts.attention import updated_maps
@@ -113,6 +114,11 @@ class Server:
             for client, (tier, examples) in enumerate(zip(self.tiers, self.state.examples, strict=True))
         ]
 
+    def holder(self, client: int, round_: int) -> int:
+        """Whose documents a client has in a round."""
+        section = self.config.federation
+        return holder(client, round_, clients=section.clients, shift_round=section.shift_round)
+
     def units_for(self, held: Sequence[Sequence[int]], client: int) -> dict[Unit, NDArray[np.float32]]:
         """The units that a client with these experts starts from, and answers deltas of."""
         holds = [set(experts) for experts in held]
@@ -193,6 +199,9 @@ class Server:
         if due == 0 and self.trains == "lora":
             with torch.no_grad():
                 for name, value in load_factors(self._base).items():
+                    if name not in self._parameters or self._parameters[name].shape != value.shape:
+                        raise InputError(f"the frozen factor {name} of the run's base model is {tuple(value.shape)}: "
+                                         "resume with the run's own train.lora_rank and train.attention_rank")
                     self._parameters[name].copy_(value)
                     self.factor_bytes += value.nbytes
 
@@ -263,7 +272,8 @@ class Server:
     ) -> dict[str, Any]:  # fmt: skip
         if not self.state.personal:
             return self._summary(self._score(texts, tokens, mode, graphs))
-        judges = {name: [c for c, domain in enumerate(self.domains) if domain == name] for name in texts}
+        now = [self.domains[self.holder(client, self.state.round)] for client in range(len(self.domains))]
+        judges = {name: [c for c, domain in enumerate(now) if domain == name] for name in texts}
         sums = {name: DomainScore(nll_sum=0.0, tokens=0) for name in texts}
         for client in range(len(self.domains)):
             mine = {name: text for name, text in texts.items() if client in (judges[name] or [client])}

@@ -312,7 +312,7 @@ class SamStrategy(Strategy):
         own = {unit: delta for unit, delta in deltas.items() if server.method.stays(unit)}
         aggregator.add(
             {unit: delta for unit, delta in deltas.items() if unit not in own},
-            weight=float(server.state.examples[client.client]),
+            weight=float(server.state.examples[server.holder(client.client, round_)]),
             probability=lambda unit: _probability(client, unit),
         )
         if own:

@@ -37,7 +37,7 @@ def test_factors_span_the_directions_that_matter(tiny):
     with model.active(8):
         xs, gs = [], []
         for rows_BS in ids_BS.split(4):
-            model(input_ids=rows_BS, labels=rows_BS).loss.backward()
+            (model(input_ids=rows_BS, labels=rows_BS).loss * len(rows_BS)).backward()
             xs.append(seen["x"]), gs.append(seen["g"])
     handle.remove()
     x_Td, g_Td = torch.cat(xs), torch.cat(gs)
@@ -48,7 +48,7 @@ def test_factors_span_the_directions_that_matter(tiny):
         torch.testing.assert_close(basis_dR.t() @ basis_dR, torch.eye(4), atol=1e-5, rtol=0)
         captured = (rows_Td @ basis_dR).square().sum() / rows_Td.square().sum()
         most = (rows_Td.double() @ best_dR).square().sum() / rows_Td.double().square().sum()
-        assert float(captured) == pytest.approx(float(most), rel=1e-4)
+        assert float(captured) == pytest.approx(float(most), rel=1e-3)
     attention = [name for name in factors if name.endswith("a_iR")]
     assert len(attention) == 2 * 4 and all(factors[name].shape[1] == 3 for name in attention)
 

@@ -139,6 +139,8 @@ class TierEngine:
         layers = dict(zip(self._paths, self.layers, strict=True))
         write_parameters(self.engine, frozen_factors(layers, self._attention, self.config, due))
         write_parameters(self.engine, self._maps())
+        if due == 0:
+            write_parameters(self.engine, load_factors(self.folder).items())
         self._generation = due
 
     def _maps(self) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ Legend: T tokens, d hidden, i inputs of a linear map, R rank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.model import SamMixin
 
 FACTORS_FILE = "factors.safetensors"
+FROZEN = (".lora.up_in", ".lora.gate_in", ".lora.down_out", ".lora.a_iR")
+"""How the names of frozen factors end."""
 _BATCH = 4
 """Sequences a backward pass."""
+_ITERATIONS = 12
 
 
 def fit_factors(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -61,7 +65,7 @@ def fit_factors(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[str, 
         with torch.enable_grad(), model.active(model.sam_config.num_experts):
             for rows_BS in (rows_BS for ids_BS in batches for rows_BS in ids_BS.split(_BATCH)):
                 ids_BS = rows_BS.to(next(model.parameters()).device)
-                loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+                loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss * len(rows_BS)
                 paths = list(outputs)
                 for path, gradient in zip(paths, torch.autograd.grad(loss, [outputs[p] for p in paths]), strict=True):
                     add(f"out {path}", gradient)
@@ -72,31 +76,38 @@ def fit_factors(model: PreTrainedModel, batches: Sequence[Tensor]) -> dict[str, 
 
     found = {}
     for path in readers:
-        reads, writes = _directions(seconds[f"in {path}"]), None
-        if path in layers:
-            writes = _directions(seconds[f"out {path}"])
-        for name in ("up_in", "gate_in", "down_out", "a_iR"):
-            drawn = parameters.get(f"{path}.lora.{name}")
-            if drawn is None:
-                continue
-            factor = drawn.detach().clone()
-            if name == "down_out":
-                assert writes is not None
-                factor[: len(writes)] = writes.t()[: len(factor)].to(factor)
-            else:
-                factor[:, : len(reads)] = reads[:, : factor.shape[1]].to(factor)
-            found[f"{path}.lora.{name}"] = factor
+        for end in FROZEN:
+            drawn = parameters.get(path + end)
+            if drawn is not None:
+                side = "out" if end == ".lora.down_out" else "in"
+                factor = drawn.detach().clone()
+                columns_dR = factor.t() if side == "out" else factor
+                rank = min(columns_dR.shape)
+                columns_dR[:, :rank] = directions(seconds[f"{side} {path}"], rank).to(factor)
+                found[path + end] = factor
     return found
 
 
-def _directions(second_dd: Tensor) -> Tensor:
-    """(d, d) the eigenvectors as columns, that of the largest second moment first."""
-    return torch.linalg.eigh(second_dd.double()).eigenvectors.flip(1)
+def directions(second_dd: Tensor, rank: int) -> Tensor:
+    """(d, R) orthonormal: the eigenvectors of the largest eigenvalues, that of the largest first.
+
+    By subspace iteration: of a large matrix, few are asked for.
+    """
+    second_dd = second_dd.double()
+    more = min(len(second_dd), rank + 8)
+    start = torch.randn(len(second_dd), more, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis_dM = start.to(second_dd.device)
+    for _ in range(_ITERATIONS):
+        basis_dM = torch.linalg.qr(second_dd @ basis_dM).Q
+    inner = torch.linalg.eigh(basis_dM.t() @ second_dd @ basis_dM).eigenvectors
+    return (basis_dM @ inner.flip(1))[:, :rank]
 
 
 def save_factors(factors: Mapping[str, Tensor], folder: Path) -> None:
-    """Put them beside the converted model."""
-    save_file({name: value.contiguous().cpu() for name, value in factors.items()}, folder / FACTORS_FILE)
+    """Put them beside the converted model; there whole or not at all."""
+    scratch = folder / f".{FACTORS_FILE}.{os.getpid()}"
+    save_file({name: value.contiguous().cpu() for name, value in factors.items()}, scratch)
+    os.replace(scratch, folder / FACTORS_FILE)
 
 
 def load_factors(folder: Path) -> dict[str, Tensor]:

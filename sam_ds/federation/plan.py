@@ -105,8 +105,8 @@ class RunPlan:
 def plan_run(config: RunConfig, *, ranks: int, rank_gib: float) -> RunPlan:
     """Raises InputError as the run itself would, and where the engines of a rank do not fit into its memory."""
     if config.method != "sam":
-        raise InputError(f"plan is of method = 'sam', where tiers differ; {config.method} trains the whole model on "
-                         "every client")  # fmt: skip
+        raise InputError(f"plan is of method = 'sam', where tiers differ; {config.method} trains the same on every "
+                         "client")  # fmt: skip
     size = config.pod
     if ranks < 1 or ranks % size:
         raise InputError(f"--ranks {ranks} is no multiple of the largest worker group, of {size}")

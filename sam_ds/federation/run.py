@@ -111,8 +111,9 @@ def _end_record(
 ) -> dict[str, Any]:
     records = read_records(log.path)
     rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
-    later = {(r["client"], due) for r in records if r["kind"] == "client" and r["status"] == "ok"
-             and (due := generation(server.config, r["round"]))}  # fmt: skip
+    took = {(r["client"], generation(server.config, r["round"])) for r in records
+            if r["kind"] == "client" and r["status"] == "ok"}  # fmt: skip
+    first = sum(due == 0 for _, due in took)
     wall = sum(record["wall_seconds"] for record in rounds)
     return {
         "kind": "end", "rounds": server.state.round, "merged_before": before["merged"],
@@ -121,8 +122,7 @@ def _end_record(
         "bounds": bounds(server), "wall_seconds": seconds,
         "orchestration_share": sum(r["orchestration_seconds"] for r in rounds) / wall if wall else 0.0,
         "bytes_base": (server.state.downloads + int(server.state.ever_held.sum())) * server.base_expert_bytes()
-        + len(later) * server.attention_bytes
-        + int(server.state.ever_held.any((1, 2)).sum()) * server.factor_bytes,
+        + (len(took) - first) * server.attention_bytes + first * server.factor_bytes,
     }  # fmt: skip
 
 

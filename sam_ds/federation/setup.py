@@ -17,13 +17,14 @@ from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
 from sam_ds.errors import InputError
-from sam_ds.experts.checkpoint import is_converted, readable
+from sam_ds.experts.checkpoint import from_pretrained, is_converted, readable
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
-from sam_ds.experts.factors import fit_factors, save_factors
+from sam_ds.experts.factors import FACTORS_FILE, FROZEN, fit_factors, load_factors, save_factors
 from sam_ds.experts.units import prepare
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.server import calibration_rows
+from sam_ds.federation.state import checkpoints
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -60,6 +61,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     """
     base = run / "base"
     if is_converted(base) and (run / "config.toml").is_file():
+        _prepare_factors(config, run, corpus)
         return base
     if config.model == "embedded":
         source = str(embedded_base_model(corpus, seed=config.seed))
@@ -74,17 +76,31 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     unfinished = run / f".base.{os.getpid()}"
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    trains = {METHODS[config.method].train(tier) for tier in config.tiers.values() if tier.share > 0.0}
-    if config.train.factors == "text" and trains == {"lora"}:
-        settings = config.train
-        prepare(
-            model, "lora", rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed,
-            attention_rank=settings.attention_rank,
-        )  # fmt: skip
-        save_factors(fit_factors(model, [calibration]), unfinished)
     shutil.rmtree(base, ignore_errors=True)
     os.replace(unfinished, base)
+    _prepare_factors(config, run, corpus)
     return base
+
+
+def _prepare_factors(config: RunConfig, run: Path, corpus: Corpus) -> None:
+    """Fit the frozen factors to the calibration text, where the configuration wants them and the run has not begun."""
+    base, settings = run / "base", config.train
+    if checkpoints(run / "checkpoints"):
+        return
+    trains = {METHODS[config.method].train(tier) for tier in config.tiers.values() if tier.share > 0.0}
+    if settings.factors != "text" or trains != {"lora"}:
+        (base / FACTORS_FILE).unlink(missing_ok=True)
+        return
+    model = from_pretrained(base, dtype=torch.float32)
+    prepare(
+        model, "lora", rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.seed,
+        attention_rank=settings.attention_rank,
+    )  # fmt: skip
+    frozen = {name: p.shape for name, p in model.named_parameters() if name.endswith(FROZEN)}
+    if {name: value.shape for name, value in load_factors(base).items()} == frozen:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    save_factors(fit_factors(model, [torch.from_numpy(calibration_rows(config, corpus, tokenizer))]), base)
 
 
 def _check_lengths(config: RunConfig, model: PreTrainedModel, clients: list[ClientData], tokenizer: Any) -> None:

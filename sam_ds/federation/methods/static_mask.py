@@ -25,7 +25,7 @@ def _configure(config: RunConfig) -> RunConfig:
     always: dict[str, Any] = {"roots": kept, "root_choice": "saliency", "standin": "none", "regroups": 0}
     return replace(
         config, sam=replace(config.sam, allocation="uniform", **always), train=replace(config.train, whole=0.0),
-        federation=replace(config.federation, floor=0.0, max_edits=0),
+        federation=replace(config.federation, floor=0.0, max_edits=0, score="uniform", refit_standins=False),
         tiers={name: replace(tier, experts=kept, sends=0) for name, tier in config.tiers.items()},
     )  # fmt: skip
 

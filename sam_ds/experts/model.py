@@ -332,10 +332,5 @@ def add_assembler(model: PreTrainedModel, *, seed: int) -> None:
 
 
 def assembler_prior(affinity_LEE: Tensor) -> Tensor:
-    """(L, E, E) logits the assembler starts from, standardised in each layer over the possible edges: lifts differ by a
-    few hundredths, which a fresh assembler's own say would drown."""
-    log_LEE = affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()
-    possible_EE = torch.ones_like(log_LEE[0], dtype=torch.bool).triu(1)
-    log_LP = log_LEE[:, possible_EE]
-    mean_L, spread_L = log_LP.mean(1), log_LP.std(1, correction=0).clamp(min=1e-6)
-    return (log_LEE - mean_L[:, None, None]) / spread_L[:, None, None]
+    """(L, E, E) logits the assembler starts from."""
+    return affinity_LEE.clamp(min=math.exp(-4), max=math.exp(4)).log()

@@ -65,5 +65,7 @@ with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=options
     if rank == 0:
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
+# Nobody leaves while another still writes: what a rank holds open for the others goes with it.
+deepspeed.comm.barrier()
 engine.destroy()
 deepspeed.comm.destroy_process_group()

@@ -69,5 +69,7 @@ if trainer.is_world_process_zero():
     (Path(options.out) / "losses.json").write_text(json.dumps(facts))
     print(facts)
 if trainer.deepspeed:
+    # Nobody leaves while another still writes: what a rank holds open for the others goes with it.
+    torch.distributed.barrier()
     trainer.deepspeed.destroy()
     torch.distributed.destroy_process_group()

@@ -140,9 +140,22 @@ class MoeFFN(SamFFN):
         weights = [matrix_dm for matrix_dm in (up_dm, gate_dm) if matrix_dm is not None]
         known_Tr = [known for known, _ in into(x_Td, weights, nobody, products_Tr)]
         y_Td = self._complete(x_Td, known_Tr, 0, self.roots) @ down_md
+        visited_TR, weight_TR = visited_TS[:, self.roots :], weight_TS[:, self.roots :]
+        if self.moe.ep_size == 1:
+            return self._add_routed(y_Td, x_Td, visited_TR, weight_TR)
         gate = self.moe.deepspeed_moe.gate
-        gate.visited_TR, gate.weight_TR = visited_TS[:, self.roots :], weight_TS[:, self.roots :]
-        return y_Td + self.moe(x_Td)[0]
+        gate.visited_TR, gate.weight_TR = visited_TR, weight_TR
+        return y_Td.add_(self.moe(x_Td)[0])
+
+    def _add_routed(self, y_Td: Tensor, x_Td: Tensor, visited_TR: Tensor, weight_TR: Tensor) -> Tensor:
+        """(T, d) with what the other experts put out. Where a rank has them all nothing is exchanged, so no buffers of
+        one size are needed: each gets its own tokens, where DeepSpeed's layer would fill up to the fullest."""
+        routed_P, token_P = visited_TR.t().nonzero(as_tuple=True)
+        rows = x_Td.index_select(0, token_P).split(visited_TR.sum(0).tolist())
+        # An expert without a token computes none: its weights get a gradient of zeros, as every rank's must.
+        out_Pd = torch.cat([expert(own) for expert, own in zip(_own(self.moe), rows, strict=True)])
+        weight_P = weight_TR[token_P, routed_P].to(out_Pd.dtype)
+        return y_Td.index_add_(0, token_P, out_Pd * weight_P[:, None])
 
 
 def places_of(routed: int, ep_size: int) -> tuple[list[int], int]:

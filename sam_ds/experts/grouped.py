@@ -162,27 +162,30 @@ class _Into(torch.autograd.Function):
         pairs, (x_Td, *weights_dm) = ctx.pairs, ctx.saved_tensors
         _, _, need_x, *need_weights = ctx.needs_input_grad
         r = pairs.roots * pairs.neurons
-        dx_Td = torch.zeros_like(x_Td)
+        # A fresh page costs as much as a product writes into it: only the first writes, the others add.
+        dx_Td = torch.mm(grads[0], weights_dm[0][:, :r].t()) if need_x else None
         dweights_dm = [
             torch.zeros_like(weight_dm) if need else None
             for weight_dm, need in zip(weights_dm, need_weights, strict=True)
         ]
         parts = list(zip(weights_dm, dweights_dm, grads[::2], grads[1::2], strict=True))
-        for weight_dm, dweight_dm, dout_Tr, _ in parts:
-            if need_x:
+        for index, (weight_dm, dweight_dm, dout_Tr, _) in enumerate(parts):
+            if dx_Td is not None and index:
                 dx_Td.addmm_(dout_Tr, weight_dm[:, :r].t())
             if dweight_dm is not None:
                 torch.mm(x_Td.t(), dout_Tr, out=dweight_dm[:, :r])
         for rows, own, tokens in pairs.experts():
             x_td = x_Td.index_select(0, tokens)
-            dx_td = torch.zeros_like(x_td)
+            dx_td = None
             for weight_dm, dweight_dm, _, dout_Pn in parts:
-                if need_x:
-                    dx_td.addmm_(dout_Pn[rows], weight_dm[:, own].t())
+                if dx_Td is not None:
+                    back = dout_Pn[rows], weight_dm[:, own].t()
+                    dx_td = torch.mm(*back) if dx_td is None else dx_td.addmm_(*back)
                 if dweight_dm is not None:
                     torch.mm(x_td.t(), dout_Pn[rows], out=dweight_dm[:, own])
-            dx_Td.index_add_(0, tokens, dx_td)
-        return None, None, dx_Td if need_x else None, *dweights_dm
+            if dx_Td is not None:
+                dx_Td.index_add_(0, tokens, dx_td)
+        return None, None, dx_Td, *dweights_dm
 
 
 class _OutOf(torch.autograd.Function):

@@ -265,7 +265,7 @@ class SamFFN(nn.Module):
         y_Td = self._visit(x_Td, visited_TS, weight_TS, products_Tr)
         if len(self.sam.spread_pd) == 0:
             return y_Td
-        return y_Td + self.sam.standins(x_Td, weight_TS)
+        return y_Td.add_(self.sam.standins(x_Td, weight_TS))
 
     def _dense(self, x_Td: Tensor) -> Tensor:
         """(T, d): all slots, visited by every token. Bias of the down-projection not included."""

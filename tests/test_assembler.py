@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from sam_ds.graph.route import gate_values, route, straight_through
 L, E = 3, 8
 
 
-def fresh(seed: int = 0, **sizes: int) -> Assembler:
+def fresh(seed: int = 0, **sizes: Any) -> Assembler:
     config = AssemblerConfig(**{"layers": L, "num_experts": E, **sizes})
     shape = (config.layers, config.num_experts, config.num_experts)
     return Assembler(config, torch.randn(shape, generator=torch.Generator().manual_seed(9)), seed)
@@ -51,6 +53,29 @@ def test_the_state_holds_parameters_only_and_no_name_that_deepspeed_takes_for_an
     model = fresh()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     assert not [name for name in model.state_dict() if "expert" in name]
+
+
+def test_gains_are_0_at_the_start_and_have_a_gradient_of_their_own() -> None:
+    model, quiet = fresh(messages=True), fresh()
+    assert not hasattr(quiet, "gain_heads")
+    assert torch.equal(model(condition(1)), quiet(condition(1)))
+    assert not model.gains(condition(1)).any()
+    above_LEE = torch.ones(L, E, E).triu(1)
+    (model.gains(condition(1)) * above_LEE).sum().backward()
+    assert model.gain_heads.grad.abs().max() > 0
+
+
+def test_gains_are_of_the_condition_and_strictly_upper() -> None:
+    model = fresh(messages=True)
+    with torch.no_grad():
+        model.gain_heads.normal_(generator=torch.Generator().manual_seed(3))
+        mine, yours = model.gains(condition(1)), model.gains(condition(2))
+    assert not mine.tril().any()
+    assert not torch.equal(mine, yours)
+    logits = model(condition(1))
+    with torch.no_grad():
+        model.gain_tails.zero_()
+    assert torch.equal(model(condition(1)), logits) and not model.gains(condition(1)).any()
 
 
 def test_condition_is_standardised_by_layer() -> None:

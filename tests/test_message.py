@@ -23,7 +23,7 @@ from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.message import order_of
-from sam_ds.experts.model import inject_layers, wrap_ffns
+from sam_ds.experts.model import add_assembler, inject_layers, wrap_ffns
 from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns
@@ -201,6 +201,47 @@ def test_gains_of_0_change_nothing_but_have_a_gradient(pair, top_k):
             assert gain[edges_EE].any() and not gain[~edges_EE].any() and (top_k == 4 or gain[edges_EE].all())
 
 
+def conditioned(model, seed=0):
+    """With an assembler whose gains are not 0, and something that it knows."""
+    add_assembler(model, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.sam_assembler.gain_heads.normal_(std=0.3, generator=generator)
+    return torch.randn(len(model.sam_layers), 9, generator=generator)
+
+
+def test_a_text_has_gains_of_its_own_beside_those_that_all_share(pair):
+    model = set_gains(copy.deepcopy(pair[1]))
+    condition, shared = conditioned(model), model(input_ids=ids()).logits
+    summed = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, own_EE in zip(summed.sam_layers, model.sam_assembler.gains(condition), strict=True):
+            layer.sam.gain_SE += own_EE.t()
+        with model.over(model.graph(), condition):
+            mine = model(input_ids=ids()).logits
+        assert torch.allclose(mine, summed(input_ids=ids()).logits, atol=1e-5)
+        assert not torch.allclose(mine, shared, atol=1e-3)
+        # Nothing of it stays behind, neither in the model nor in its layers.
+        assert model.sam_condition is None and all(layer.own_gain_SE is None for layer in model.sam_layers)
+        assert torch.equal(model(input_ids=ids()).logits, shared)
+
+
+def test_a_client_trains_the_gains_of_the_edges_among_what_it_holds(pair):
+    model = copy.deepcopy(pair[1])
+    model.sam_condition = conditioned(model)
+    to_slots(model, 5)
+    with torch.no_grad():
+        for layer in model.sam_layers:
+            # What the slots hold is undefined until it is loaded.
+            for weight in layer.ffn.module.parameters():
+                weight.normal_(std=0.2)
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    assert all(layer.own_gain_SE.shape == (5, 8) for layer in model.sam_layers)
+    heads_grad = model.sam_assembler.gain_heads.grad.view(8, -1)
+    assert heads_grad[2:5].abs().amax(1).min() > 0, "of the experts that something is sent to"
+    assert not heads_grad[5:].any(), "of experts that are not there"
+
+
 def test_with_frozen_gains_ten_steps_are_those_without_messages(pair):
     losses = []
     for model in map(copy.deepcopy, pair):
@@ -292,6 +333,10 @@ def test_merging_is_refused_while_experts_send_messages(pair):
         model.merge_and_unload()
     with torch.no_grad():
         model.sam_layers[1].sam.gain_SE.zero_()[2, 5] = 1.0  # of no edge: nothing is sent
+    writes = copy.deepcopy(model)
+    conditioned(writes)
+    with pytest.raises(InputError, match="in the assembler"):
+        writes.merge_and_unload()
     assert not hasattr(model.merge_and_unload(), "sam_layers")
 
 

@@ -27,7 +27,7 @@ from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.nll import token_nll
 from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
-from sam_ds.experts.personal import condition_of_text, personal_graph
+from sam_ds.experts.personal import personal_graph
 from sam_ds.graph.assembler import hard_graph
 from sam_ds.graph.dag import explore, full_graph, random_graph
 
@@ -63,20 +63,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         token_rows({options.domain: texts}, tokenizer, window=window, tokens=tokens)
         for texts, tokens in ((splits.train, options.tokens), (splits.test, options.test_tokens))
     )
-    zero_LEE = personal_graph(model, seen_BS, edges=options.edges).graph_LEE
+    own = personal_graph(model, seen_BS, edges=options.edges)
     rng = np.random.default_rng(options.seed)
     layers = len(model.sam_layers)
-    graphs = {
-        f"random {index}": _stacked([
+    graphs: dict[str, tuple[Tensor, Tensor | None]] = {
+        f"random {index}": (_stacked([
             random_graph(config.num_experts, options.edges, config.roots, rng) for _ in range(layers)
-        ])
+        ]), None)
         for index in range(options.rounds)
     }  # fmt: skip
-    graphs |= {"zero-shot": zero_LEE, "all edges": _stacked([full_graph(config.num_experts, config.roots)] * layers)}
+    graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None
+    graphs["zero-shot"] = own.graph_LEE, own.condition
     with model.active(options.active or config.top_k):
+        rows = [{"graph": name, "perplexity": _perplexity(model, test_BS, *graph)} for name, graph in graphs.items()]
         train_BS = token_rows({options.domain: splits.train}, tokenizer, window=window, tokens=64 * options.tokens)
-        graphs["trained"] = _trained(model, seen_BS, train_BS, options)
-        rows = [{"graph": name, "perplexity": _perplexity(model, graph, test_BS)} for name, graph in graphs.items()]
+        trained_LEE = _trained(model, own.condition, train_BS, options)
+        rows.append({"graph": "trained", "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})
     nats = {row["graph"]: math.log(row["perplexity"]) for row in rows}
     drawn = float(np.mean([value for name, value in nats.items() if name.startswith("random")]))
     gap = drawn - nats["trained"]
@@ -84,9 +86,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "ratios": {"recovered": recovered, "gap_nats": gap}}
 
 
-def _trained(model: Any, seen_BS: Tensor, train_BS: Tensor, options: argparse.Namespace) -> Tensor:
+def _trained(model: Any, condition: Tensor, train_BS: Tensor, options: argparse.Namespace) -> Tensor:
     """(L, E, E) the graph after the assembler alone has learned from the domain's text."""
-    condition, allowed_LEE = condition_of_text(model, seen_BS), model.graph().numpy()
+    allowed_LEE = model.graph().numpy()
     roots = model.sam_config.roots
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -121,8 +123,8 @@ def _conditioned(model: Any, condition: Tensor) -> Iterator[None]:
             layer.edge_logits_SS = None
 
 
-def _perplexity(model: PreTrainedModel, graph_LEE: Tensor, test_BS: Tensor) -> float:
-    with torch.no_grad(), model.over(graph_LEE):
+def _perplexity(model: PreTrainedModel, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None) -> float:
+    with torch.no_grad(), model.over(graph_LEE, condition):
         window = test_BS.shape[1]
         nll_sum, tokens = token_nll(model, list(test_BS), window=window, stride=window, batch=_BATCH)
     return math.exp(nll_sum / tokens)

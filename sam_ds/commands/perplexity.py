@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     scores = {}
     for name, splits in corpus.domains.items():
         saved = options.graph == "saved"
-        with nullcontext() if saved else model.over(_graph(options, model, tokenizer, splits.train)):
+        with nullcontext() if saved else model.over(*_graph(options, model, tokenizer, splits.train)):
             scores |= perplexity_by_domain(
                 model, tokenizer, {name: getattr(splits, options.split)}, window=options.window, stride=options.stride,
                 batch=options.batch, max_tokens=options.max_tokens,
@@ -81,15 +81,18 @@ def _check_graph(options: argparse.Namespace) -> None:
         raise InputError("--graph zero-shot reads train text: give --split valid or test")
 
 
-def _graph(options: argparse.Namespace, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """(L, E, E) of a domain."""
+def _graph(
+    options: argparse.Namespace, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]
+) -> tuple[Tensor, Tensor | None]:
+    """(L, E, E) of a domain, and what the assembler knows of it."""
     experts, roots, layers = model.sam_config.num_experts, model.sam_config.roots, len(model.sam_layers)
     if options.graph == "zero-shot":
         ids_BS = token_rows({"train": texts}, tokenizer, window=window_of(model), tokens=_TEXT_TOKENS)
-        return personal_graph(model, ids_BS, edges=options.edges).graph_LEE
+        own = personal_graph(model, ids_BS, edges=options.edges)
+        return own.graph_LEE, own.condition
     if options.graph == "full":
         masks = [full_graph(experts, roots)] * layers
     else:
         rng = np.random.default_rng(options.seed)
         masks = [random_graph(experts, options.edges, roots, rng) for _ in range(layers)]
-    return torch.from_numpy(np.stack(masks))
+    return torch.from_numpy(np.stack(masks)), None

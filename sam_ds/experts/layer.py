@@ -131,6 +131,8 @@ class SamFFN(nn.Module):
         """Set to collect edge counts over the coming forward passes (None: do not count)."""
         self.edge_logits_SS: Tensor | None = None
         """Set by the model's forward: the assembler's logits for the slots, for the gate's gradient."""
+        self.own_gain_SE: Tensor | None = None
+        """Set by the model's forward: the gains of messages that the assembler writes, as `SamParts.gain_SE`."""
 
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Views up (d, m), gate (d, m) or None, down (m, d)."""

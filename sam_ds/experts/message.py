@@ -1,6 +1,6 @@
 """Messages along the edges of the expert graph (design 5; option B of the composition table).
 
-    x_e = x + sum_{p in A(x), p -> e} gain_ep w_p f_p(x_p)
+    x_e = x + sum_{p in A(x), p -> e} (gain_ep + own_ep) w_p f_p(x_p)
     y   = sum_{all e} s_e(x) + sum_{e in A(x)} w_e (f_e(x_e) - s_e(x))
 
 What a visited expert p puts out for a token is added to the input of every visited expert that an edge of the graph in
@@ -10,14 +10,16 @@ same length. Stand-ins read x and send nothing; gate and route see x alone. w_p 
 learns what its choices send, too. The nearest published thing is Chain-of-Experts (2506.18945), whose experts pass on
 what they have found in a layer, trained from scratch.
 
-Gains are 0 at the start. The layer computes then what it does without messages, to rounding, forward and for the
+own_ep is what the assembler writes for a client or a text (`graph/assembler.py`); without one it is 0.
+
+All gains are 0 at the start. The layer computes then what it does without messages, to rounding, forward and for the
 gradients of all else, and the gradient of the gains is not 0. With other gains the layer with all experts visited is
 no dense FFN any more: nothing folds messages into weights.
 
-The gains of an edge belong to its head: they are a row of the head, as its gate row is, and train, travel and are
-weighed with it. That needs nothing new: where the tail is not held the row's change is 0, as that of an expert held and
-not used, and what the server estimates is the design's mean over what clients hold, E[delta_e(S) | e in S]. A matrix
-shared by all would be sent whole to everybody and average zeros over heads as well.
+The shared gains of an edge belong to its head: they are a row of the head, as its gate row is, and train, travel and
+are weighed with it. That needs nothing new: where the tail is not held the row's change is 0, as that of an expert held
+and not used, and what the server estimates is the design's mean over what clients hold, E[delta_e(S) | e in S]. A
+matrix shared by all would be sent whole to everybody and average zeros over heads as well.
 
 Legend: T tokens, S slots, A edges, d hidden, n neurons an expert; t tokens of one expert, a of those that visit both
 ends of an edge.
@@ -108,7 +110,8 @@ def exchange(layer: SamFFN, x_Td: Tensor, mail: Mail, weight_TS: Tensor | None =
     low_SnR = None if lora is None else lora.down_rows.split(layer.neurons)
     assert layer.sam.gain_SE is not None
     tails, heads = _ends(mail.order, x_Td.device)
-    gain_A = layer.sam.gain_SE[heads, layer.held.to(x_Td.device)[tails]].unbind()
+    gain_SE = layer.sam.gain_SE if layer.own_gain_SE is None else layer.sam.gain_SE + layer.own_gain_SE
+    gain_A = gain_SE[heads, layer.held.to(x_Td.device)[tails]].unbind()
     received: dict[int, list[int]] = {}
     for edge, ((_, head), (row_a, _)) in enumerate(zip(mail.order.edges, mail.rows_A, strict=True)):
         if len(row_a):

@@ -49,15 +49,21 @@ class SamMixin:
     """(L, E + 1) what a layer costs at each budget (`experts.allocation`); None: every layer has the same."""
     sam_assembler: Assembler | None
     sam_condition: Tensor | None
-    """(L, E + 1) what the assembler knows of the client."""
+    """(L, E + 1) what the assembler knows of the client or text; None: messages have the shared gains only."""
 
     def assemble(self) -> None:
-        """Give the layers the assembler's logits, for the gradient of the coming forward pass."""
-        if self.sam_assembler is not None and self.sam_condition is not None and torch.is_grad_enabled():
-            logits_LEE = self.sam_assembler(self.sam_condition)
+        """Give the layers what the assembler makes of the condition: its logits, for the gradient of the coming forward
+        pass, and its gains of messages."""
+        assembler, condition = self.sam_assembler, self.sam_condition
+        if assembler is not None and condition is not None and torch.is_grad_enabled():
+            logits_LEE = assembler(condition)
             for index, layer in enumerate(self.sam_layers):
                 held = layer.held
                 layer.edge_logits_SS = logits_LEE[index][held][:, held]
+        if assembler is not None and assembler.config.messages:
+            gains_LEE = None if condition is None else assembler.gains(condition)
+            for index, layer in enumerate(self.sam_layers):
+                layer.own_gain_SE = None if gains_LEE is None else gains_LEE[index].t()[layer.held]
 
     def graph(self) -> Tensor:
         """(L, E, E) bool: the edges of every layer. The layers must hold all experts."""
@@ -83,14 +89,18 @@ class SamMixin:
             layer.sam.adjacency_SS.copy_(torch.from_numpy(held))
 
     @contextmanager
-    def over(self, mask_LEE: Tensor) -> Iterator[None]:
-        """Route over this graph inside the block, on a model that holds all experts; raises as `set_graph` does."""
-        before_LEE = self.graph()
+    def over(self, mask_LEE: Tensor, condition: Tensor | None = None) -> Iterator[None]:
+        """Route over this graph inside the block, on a model that holds all experts, and send messages with the gains
+        that the assembler makes of this condition (None: of the model's own). Raises as `set_graph` does."""
+        before_LEE, known = self.graph(), self.sam_condition
         self.set_graph(mask_LEE)
+        self.sam_condition = known if condition is None else condition
         try:
             yield
         finally:
             self.set_graph(before_LEE)
+            self.sam_condition = known
+            self.assemble()
 
     def budgets(self, top_k: float) -> list[int]:
         """Experts that a token visits in each layer, together at most L `top_k` (`SamConfig.allocation`)."""
@@ -176,6 +186,8 @@ class SamMixin:
             layer.ffn.path: float((layer.sam.gain_SE.detach() * layer.sam.adjacency_SS.t()).abs().max())
             for layer in self.sam_layers if layer.sam.gain_SE is not None
         }  # fmt: skip
+        if self.sam_assembler is not None and self.sam_assembler.config.messages:
+            gains["the assembler"] = float(self.sam_assembler.gain_heads.detach().abs().max())
         path = max(gains, key=lambda name: gains[name], default="")
         # Not `> 0`: what is no number is sent too.
         if gains and not gains[path] == 0.0:
@@ -327,7 +339,10 @@ def inject_layers(
 def add_assembler(model: PreTrainedModel, *, seed: int) -> None:
     """Give a converted model the assembler, its prior the log of the co-activation lift (0 = independent)."""
     assert isinstance(model, SamMixin)
-    shape = AssemblerConfig(layers=len(model.sam_layers), num_experts=model.sam_config.num_experts)
+    shape = AssemblerConfig(
+        layers=len(model.sam_layers), num_experts=model.sam_config.num_experts,
+        messages=model.sam_config.semantics == "message",
+    )  # fmt: skip
     model.sam_assembler = Assembler(shape, assembler_prior(model.sam_affinity_LEE), seed)
 
 

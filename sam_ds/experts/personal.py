@@ -32,8 +32,10 @@ _BATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalGraph:
-    """What the assembler makes of a text."""
+    """What the assembler makes of a text: `with model.over(own.graph_LEE, own.condition)` computes with it."""
 
+    condition: Tensor
+    """(L, E + 1) what it knows of the text; with it, messages have the text's own gains."""
     graph_LEE: Tensor
     """(L, E, E) bool on the CPU, for `set_graph`: at most B edges a layer."""
     held: tuple[tuple[int, ...], ...]
@@ -104,13 +106,6 @@ def _described(model: PreTrainedModel, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def condition_of_text(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    """(L, E + 1) what the assembler is told of a text (B, S) and a client that holds all experts. Raises InputError as
-    `personal_graph` does."""
-    return client_condition(_described(model, ids_BS)[0], 1.0)
-
-
-@torch.no_grad()
 def personal_graph(
     model: PreTrainedModel, ids_BS: Tensor, *, edges: int, experts: int | None = None
 ) -> PersonalGraph:
@@ -142,4 +137,4 @@ def personal_graph(
         # Roots are reached by every token, but another expert may be too.
         reach_E[: config.roots] = 2.0
         held.append(tuple(sorted(np.argsort(-reach_E, kind="stable")[:experts].tolist())))
-    return PersonalGraph(graph_LEE=torch.from_numpy(graph_LEE), held=tuple(held))
+    return PersonalGraph(condition=condition, graph_LEE=torch.from_numpy(graph_LEE), held=tuple(held))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ from sam_ds.graph.assembler import Assembler
 from sam_ds.wire.payload import ExpertUnit, Unit
 
 _VALIDATION_ROWS = 8
+Graph: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+"""(L, E, E) edges, and (L, E + 1) what the assembler knows of the text, whose own gains messages then have."""
 
 
 class Server:
@@ -241,7 +243,7 @@ class Server:
         where there are none."""
         began = time.perf_counter()
         texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
-        whole = dict.fromkeys(texts, self.model.graph())
+        whole: dict[str, Graph] = dict.fromkeys(texts, (self.model.graph(), None))
         result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.model.dense, whole), "sparse": None}
         if self.config.evaluation.sparse and self.method.sparse:
             graphs = self.domain_graphs() if self.method.assembles else whole
@@ -250,11 +252,12 @@ class Server:
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
-    def domain_graphs(self) -> dict[str, torch.Tensor]:
-        """(L, E, E) the graph of each domain: the assembler's for a client that holds everything and whose text is the
-        domain's public (or valid) text, as the model sees it now."""
+    def domain_graphs(self) -> dict[str, Graph]:
+        """The graph of each domain: the assembler's for a client that holds everything and whose text is the domain's
+        public (or valid) text, as the model sees it now."""
         edges = self.config.federation.edges
-        return {name: personal_graph(self.model, ids, edges=edges).graph_LEE for name, ids in self._domain_ids.items()}
+        own = {name: personal_graph(self.model, ids, edges=edges) for name, ids in self._domain_ids.items()}
+        return {name: (personal.graph_LEE, personal.condition) for name, personal in own.items()}
 
     @cached_property
     def _domain_ids(self) -> dict[str, torch.Tensor]:
@@ -268,7 +271,7 @@ class Server:
 
     def _judged(
         self, texts: Mapping[str, Sequence[str]], tokens: int, mode: Callable[[], AbstractContextManager[None]],
-        graphs: Mapping[str, torch.Tensor],
+        graphs: Mapping[str, Graph],
     ) -> dict[str, Any]:  # fmt: skip
         if not self.state.personal:
             return self._summary(self._score(texts, tokens, mode, graphs))
@@ -287,12 +290,12 @@ class Server:
 
     def _score(
         self, texts: Mapping[str, Sequence[str]], tokens: int, mode: Callable[[], AbstractContextManager[None]],
-        graphs: Mapping[str, torch.Tensor],
+        graphs: Mapping[str, Graph],
     ) -> dict[str, DomainScore]:  # fmt: skip
         section = self.config.evaluation
         scores: dict[str, DomainScore] = {}
         for name, own in texts.items():
-            with mode(), self.model.over(graphs[name]):
+            with mode(), self.model.over(*graphs[name]):
                 scores |= perplexity_by_domain(
                     self.model, self.tokenizer, {name: own}, window=section.window, stride=section.stride,
                     batch=section.batch, max_tokens=tokens,

@@ -5,6 +5,10 @@ and federated like any shared parameter, and each layer's logits are a product o
 added to a fixed prior: the number of parameters grows with E, never with E^2. The hard top-B has no gradient
 of its own; it comes through the credited edges of the route (`route.gate_values`).
 
+Where experts send messages, it also writes what each edge's are multiplied with for this client, as another product
+of rank a, beside the gains that all clients share: there a graph is a weighted one, its weights have a gradient, and
+clients whose texts are alike get weights that are alike. They are 0 at the start.
+
 Letters: L layers, E experts, H hidden, a rank of the edge logits.
 """
 
@@ -32,7 +36,9 @@ class AssemblerConfig:
     hidden: int = 32
     """H, width of the shared hidden layer."""
     rank: int = 4
-    """a, rank of the learned part of the edge logits."""
+    """a, rank of the learned part of the edge logits, and of the gains."""
+    messages: bool = False
+    """Whether it writes gains."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "num_experts", "hidden", "rank"):
@@ -89,17 +95,32 @@ class Assembler(nn.Module):
         self.tails = normal(out, hidden, std=1 / math.sqrt(hidden))
         # small, not zero: the logits start at the prior to about 1e-2, and both factors have a gradient
         self.heads = normal(out, hidden, std=1e-2 / math.sqrt(hidden))
+        if config.messages:
+            self.gain_tails = normal(out, hidden, std=1 / math.sqrt(hidden))
+            self.gain_heads = nn.Parameter(torch.zeros(out, hidden))
 
     def forward(self, condition: Tensor) -> Tensor:
         """(L, E, E) edge logits, [tail, head]; -inf on and below the diagonal."""
-        layers, num_experts, rank = self.config.layers, self.config.num_experts, self.config.rank
-        assert condition.shape == (layers, num_experts + 1), condition.shape
-        hidden_LH = nn.functional.gelu(condition.to(self.encode) @ self.encode.T + self.layer_embedding)
-        hidden_LH = nn.functional.gelu(hidden_LH @ self.mix.T + self.mix_bias)
-        tails_LEa = (hidden_LH @ self.tails.T).view(layers, num_experts, rank)
-        heads_LEa = (hidden_LH @ self.heads.T).view(layers, num_experts, rank)
-        learned_LEE = tails_LEa @ heads_LEa.transpose(1, 2) / math.sqrt(rank)
+        learned_LEE = self._pairs(self._read(condition), self.tails, self.heads)
         return (self.prior_LEE + learned_LEE).masked_fill(~self.above_EE, float("-inf"))
+
+    def gains(self, condition: Tensor) -> Tensor:
+        """(L, E, E) what the messages of every edge are multiplied with beside the gains that all share, [tail, head];
+        0 on and below the diagonal. Only with `messages`."""
+        gains_LEE = self._pairs(self._read(condition), self.gain_tails, self.gain_heads)
+        return gains_LEE.masked_fill(~self.above_EE, 0.0)
+
+    def _read(self, condition: Tensor) -> Tensor:
+        """(L, H)"""
+        assert condition.shape == (self.config.layers, self.config.num_experts + 1), condition.shape
+        hidden_LH = nn.functional.gelu(condition.to(self.encode) @ self.encode.T + self.layer_embedding)
+        return nn.functional.gelu(hidden_LH @ self.mix.T + self.mix_bias)
+
+    def _pairs(self, hidden_LH: Tensor, tails: Tensor, heads: Tensor) -> Tensor:
+        """(L, E, E) products of a vector for each tail and one for each head."""
+        shape = (self.config.layers, self.config.num_experts, self.config.rank)
+        tails_LEa, heads_LEa = ((hidden_LH @ weight.T).view(shape) for weight in (tails, heads))
+        return tails_LEa @ heads_LEa.transpose(1, 2) / math.sqrt(self.config.rank)
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ Layout, little endian:
 | offset        | bytes   | field                                                             |
 |---------------|---------|-------------------------------------------------------------------|
 | 0             | 4       | magic `SAMc`                                                      |
-| 4             | 4       | checksum: zlib.crc32 of everything after it, header and body      |
-| 8             | 1       | version, 1                                                        |
+| 4             | 4       | checksum: CRC32C of everything after it, header and body          |
+| 8             | 1       | version, 2                                                        |
 | 9             | 1       | encoding: 0 dense, 1 rle, 2 bitmap, 3 delta-varint (`zeros.py`)   |
 | 10            | 1       | values: 0 raw, 1 bf16, 2 int8, 3 varint, 4 int4 (`values.py`)     |
 | 11            | 1       | dtype: index into `DTYPES`                                        |
@@ -21,13 +21,18 @@ The checksum sits at a fixed place and covers the whole rest, so every burst of 
 found. The encoder never writes a body longer than the dense one, so the decoder reads none: that bounds
 decompression too. The checksum is against damage, not against malice: everything behind it is checked as
 if it were made up.
+
+The version is raised whenever bytes that were written before would no longer be read as the same array, and a decoder
+reads its own version only: both ends of a federation run one release, and nothing is kept on disk in this form.
+Version 2 has another checksum than version 1. `tests/golden/` holds a blob of every encoding and kind of values, which
+must be written and read bit for bit as long as the version stays.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
+from io import BytesIO
 from math import prod
 from typing import Any
 
@@ -35,10 +40,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam_ds.errors import InputError, nearest
+from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.values import (
     STEPS,
     Values,
     allowed,
+    code_dtype,
     fixed_size,
     from_codes,
     pack_values,
@@ -48,12 +55,22 @@ from sam_ds.wire.values import (
     values_size,
 )
 from sam_ds.wire.varint import CodecError
-from sam_ds.wire.zeros import Encoding, candidate_positions, unpack_positions
+from sam_ds.wire.zeros import (
+    Encoding,
+    count_nonzeros,
+    find_edges,
+    gather,
+    gather_bytes,
+    pack_positions,
+    scatter,
+    sparse_sizes,
+    unpack_positions,
+)
 
-__all__ = ["DTYPES", "CodecError", "Header", "decode", "decode_body", "encode", "read_header"]
+__all__ = ["DTYPES", "CodecError", "Header", "decode", "decode_body", "encode", "encode_into", "read_header"]
 
 MAGIC = b"SAMc"
-VERSION = 1
+VERSION = 2
 MAX_NDIM = 32
 DTYPES = tuple(
     np.dtype(name) for name in ("float32", "float64", "float16", "int32", "int64", "uint32", "uint8", "bool")
@@ -62,6 +79,10 @@ DTYPES = tuple(
 
 _HEAD = struct.Struct("<4sIBBBBBBIQ")
 _CHECKED_FROM = 8
+_CACHED = 1 << 18
+"""Bytes that are still in the cache when the checksum reads what was just copied."""
+_ENCODINGS = {encoding.value: encoding for encoding in Encoding}
+_KINDS = {kind.value: kind for kind in Values}
 _ZSTD = 1
 _ZSTD_MISSING = "needs the package zstandard: pip install 'sam-ds[zstd]'"
 
@@ -89,6 +110,40 @@ class Header:
         return prod(max(n, 1) for n in self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A blob but for its checksum, in pieces: what is behind the header is not copied until it is written."""
+
+    head: bytes
+    sections: list[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blob."""
+        return len(self.head) + sum(section.nbytes for section in self.sections)
+
+    def write(self, view: memoryview) -> None:
+        """The blob into the first `nbytes` of the view, which is writeable bytes."""
+        view[: len(self.head)] = self.head
+        checksum, checked, at = 0, _CHECKED_FROM, len(self.head)
+        for section in self.sections:
+            view[at : at + section.nbytes] = section
+            at += section.nbytes
+            if at - checked >= _CACHED:
+                checksum, checked = crc32c(view[checked:at], checksum), at
+        struct.pack_into("<I", view, len(MAGIC), crc32c(view[checked:at], checksum))
+
+    def to_bytes(self) -> bytes:
+        """The blob."""
+        stream = BytesIO()
+        stream.seek(self.nbytes - 1)
+        stream.write(b"\0")
+        with stream.getbuffer() as view:
+            self.write(view)
+        # Not a copy: the buffer itself, now that nobody can write to it.
+        return stream.getvalue()
+
+
 def encode(
     array: NDArray[Any],
     *,
@@ -112,42 +167,94 @@ def encode(
         InputError: a dtype, value kind or base round that cannot be sent, these two of values that are not
             finite, or `compress` without zstandard.
     """
-    if array.dtype.newbyteorder("=") not in DTYPES:
-        known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise InputError(f"array.dtype is {array.dtype}: convert it to one of {known}")
-    if array.ndim > MAX_NDIM:
-        raise InputError(f"array.ndim is {array.ndim}: at most {MAX_NDIM}")
+    return _draft(array, values, base_round, compress, rng).to_bytes()
+
+
+def encode_into(
+    array: NDArray[Any],
+    out: bytearray | memoryview,
+    *,
+    values: str = "raw",
+    base_round: int = 0,
+    compress: bool = False,
+    rng: np.random.Generator | None = None,
+) -> int:
+    """As `encode`, into the first bytes of `out`; their number.
+
+    Raises:
+        InputError: as `encode`, or `out` is too small.
+    """
+    draft = _draft(array, values, base_round, compress, rng)
+    view = memoryview(out).cast("B")
+    if len(view) < draft.nbytes:
+        raise InputError(f"out has {len(view)} bytes: the blob needs {draft.nbytes}")
+    draft.write(view)
+    return draft.nbytes
+
+
+def make_draft(
+    sections: list[memoryview], encoding: Encoding, kind: Values, dtype: np.dtype[Any], shape: tuple[int, ...],
+    base_round: int, compress: bool,
+) -> Draft:  # fmt: skip
+    """The header for these sections of a body.
+
+    Raises:
+        InputError: a shape or base round that cannot be sent, or `compress` without zstandard.
+    """
+    if len(shape) > MAX_NDIM:
+        raise InputError(f"array.ndim is {len(shape)}: at most {MAX_NDIM}")
     if not 0 <= base_round < 1 << 32:
         raise InputError(f"base_round is {base_round}: must be in 0..2^32 - 1")
-    dtype = array.dtype.newbyteorder("=")
-    kinds = _value_kinds(values, dtype)
-    codes_N, scales_R = to_codes(array, kinds[0], rng)
-    encoding, kind, positions, sent = _smallest(codes_N, kinds, dtype)
-    body = scales_R.tobytes() + positions + pack_values(sent, kind, dtype)
-    flags = 0
+    flags, length = 0, sum(section.nbytes for section in sections)
     if compress:
-        squeezed = _compress(body)
-        if len(squeezed) < len(body):
-            body, flags = squeezed, _ZSTD
+        squeezed = _compress(b"".join(sections))
+        if len(squeezed) < length:
+            sections, flags, length = [memoryview(squeezed)], _ZSTD, len(squeezed)
     head = _HEAD.pack(
-        MAGIC, 0, VERSION, encoding, kind, DTYPES.index(dtype), flags, array.ndim, base_round, len(body)
+        MAGIC, 0, VERSION, encoding, kind, DTYPES.index(dtype), flags, len(shape), base_round, length
     )
-    checked = head[_CHECKED_FROM:] + struct.pack(f"<{array.ndim}Q", *array.shape) + body
-    return MAGIC + struct.pack("<I", zlib.crc32(checked)) + checked
+    return Draft(head=head + struct.pack(f"<{len(shape)}Q", *shape), sections=sections)
 
 
-def decode(blob: bytes | memoryview, *, max_bytes: int = 2**31) -> tuple[NDArray[Any], int]:
-    """The array and its base round; the array owns its memory and is writeable.
+def value_kinds(values: str, dtype: np.dtype[Any]) -> tuple[Values, ...]:
+    """The kinds to choose from; all share their codes.
+
+    Raises:
+        InputError: a dtype or value kind that cannot be sent.
+    """
+    if dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise InputError(f"array.dtype is {dtype}: convert it to one of {known}")
+    names = {"raw": Values.RAW, "bf16": Values.BF16, "int8": Values.INT8, "int4": Values.INT4}
+    if values not in names:
+        raise InputError(f"values is {values!r}: must be one of {', '.join(names)}{nearest(values, names)}")
+    if dtype.kind in "iu":
+        return tuple(kind for kind in (Values.RAW, Values.VARINT) if allowed(kind, dtype))
+    if dtype.kind == "b":
+        return (Values.RAW,)
+    if not allowed(names[values], dtype):
+        raise InputError(f"values is {values!r}: it saves nothing on {dtype}, send it raw")
+    return (names[values],)
+
+
+def decode(
+    blob: bytes | memoryview, *, max_bytes: int = 2**31, out: NDArray[Any] | None = None
+) -> tuple[NDArray[Any], int]:
+    """The array and its base round; the array owns its memory and is writeable, or is `out`.
 
     Args:
         blob: what `encode` gave.
         max_bytes: the largest decoded array that is accepted.
+        out: a contiguous array of the shape and dtype that the blob must have, whose values do not matter; after an
+            error it holds anything.
 
     Raises:
-        CodecError: anything that `encode` would not have written, or an array larger than `max_bytes`.
+        CodecError: anything that `encode` would not have written, an array larger than `max_bytes`, or one of another
+            shape or dtype than `out`.
+        InputError: `out` is not contiguous or not writeable.
     """
     header = read_header(blob)
-    return decode_body(header, max_bytes=max_bytes), header.base_round
+    return decode_body(header, max_bytes=max_bytes, out=out), header.base_round
 
 
 def read_header(blob: bytes | memoryview) -> Header:
@@ -163,21 +270,21 @@ def read_header(blob: bytes | memoryview) -> Header:
     magic, checksum, version, encoding, kind, dtype_code, flags, ndim, base_round, length = fields
     if magic != MAGIC or version != VERSION:
         raise CodecError(f"magic {magic!r} version {version}: expected {MAGIC!r} version {VERSION}")
-    if checksum != zlib.crc32(view[_CHECKED_FROM:]):
+    if checksum != crc32c(view[_CHECKED_FROM:]):
         raise CodecError("the checksum does not match")
-    if encoding not in set(Encoding) or kind not in set(Values) or dtype_code >= len(DTYPES):
+    if encoding not in _ENCODINGS or kind not in _KINDS or dtype_code >= len(DTYPES):
         raise CodecError(f"unknown encoding {encoding}, values {kind} or dtype {dtype_code}")
     if flags & ~_ZSTD or ndim > MAX_NDIM:
         raise CodecError(f"unknown flags {flags:#x} or too many dimensions ({ndim})")
     dtype = DTYPES[dtype_code]
-    if not allowed(Values(kind), dtype) or (dtype.kind == "b" and encoding == Encoding.DENSE):
+    if not allowed(_KINDS[kind], dtype) or (dtype.kind == "b" and encoding == Encoding.DENSE):
         raise CodecError(f"encoding {encoding} with values {kind} is not written for {dtype}")
     body_at = _HEAD.size + 8 * ndim
     if len(view) < body_at or length != len(view) - body_at:
         raise CodecError(f"the body should have {length} bytes; the blob has {len(view)}")
     return Header(
-        encoding=Encoding(encoding),
-        values=Values(kind),
+        encoding=_ENCODINGS[encoding],
+        values=_KINDS[kind],
         dtype=dtype,
         compressed=bool(flags & _ZSTD),
         shape=struct.unpack_from(f"<{ndim}Q", view, _HEAD.size),
@@ -186,15 +293,22 @@ def read_header(blob: bytes | memoryview) -> Header:
     )
 
 
-def decode_body(header: Header, *, max_bytes: int) -> NDArray[Any]:
-    """The array behind a header.
+def decode_body(header: Header, *, max_bytes: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The array behind a header; `out` as for `decode`.
 
     Raises:
-        CodecError: the array would be larger than `max_bytes`, or the body is not one of `header`.
+        CodecError: the array would be larger than `max_bytes` or another than `out`, or the body is not one of
+            `header`.
     """
     if header.nbytes > max_bytes:
         raise CodecError(f"an array of {header.nbytes} bytes: at most {max_bytes} are accepted")
     size, kind, dtype = header.size, header.values, header.dtype
+    if out is not None:
+        if not (out.flags.c_contiguous and out.flags.writeable):
+            raise InputError("out must be contiguous and writeable")
+        if out.shape != header.shape or out.dtype != dtype:
+            raise CodecError(f"an array of {dtype} {header.shape} where {out.dtype} {out.shape} was expected")
+    rounded = kind is Values.BF16 or kind in STEPS
     rows = row_count(header.shape, size) if kind in STEPS else 0
     dense = (size + 7) // 8 if dtype.kind == "b" else 4 * rows + fixed_size(size, kind, dtype)
     if len(header.body) > dense:
@@ -203,46 +317,60 @@ def decode_body(header: Header, *, max_bytes: int) -> NDArray[Any]:
     if len(body) < 4 * rows:
         raise CodecError(f"{len(body)} bytes are too few for {rows} scales")
     scales_R = np.frombuffer(body[: 4 * rows], dtype="<f4")
-    if not bool((np.isfinite(scales_R) & (scales_R >= 0)).all()):
+    if rows and not bool((np.isfinite(scales_R) & (scales_R >= 0)).all()):
         raise CodecError("a scale is negative or not finite")
     body = body[4 * rows :]
-    if header.encoding is Encoding.DENSE:
-        codes_N = unpack_values(body, size, kind, dtype)
-    else:
+    index, count = None, size
+    if header.encoding is not Encoding.DENSE:
         index, count, body = unpack_positions(header.encoding, body, size)
-        sent = unpack_values(body, count, kind, dtype)
-        codes_N = np.zeros(size, dtype=sent.dtype)
-        codes_N[index] = sent
-    return from_codes(codes_N, scales_R, kind, dtype, header.shape)
+    sent_P = unpack_values(body, count, kind, dtype)
+    array = out if out is not None else (np.empty if index is None else np.zeros)(header.shape, dtype)
+    if rounded:
+        codes_N = sent_P if index is None else np.zeros(size, code_dtype(kind, dtype))
+    else:
+        codes_N = array.reshape(-1).view(f"u{dtype.itemsize}")
+    if index is not None:
+        scatter(sent_P, index, codes_N, cleared=rounded or out is None)
+    elif not rounded:
+        codes_N[...] = sent_P
+    if rounded:
+        from_codes(codes_N, scales_R, kind, array)
+    return array
 
 
-def _value_kinds(values: str, dtype: np.dtype[Any]) -> tuple[Values, ...]:
-    """The kinds to choose from; all share their codes."""
-    names = {"raw": Values.RAW, "bf16": Values.BF16, "int8": Values.INT8, "int4": Values.INT4}
-    if values not in names:
-        raise InputError(f"values is {values!r}: must be one of {', '.join(names)}{nearest(values, names)}")
-    if dtype.kind in "iu":
-        return Values.RAW, Values.VARINT
-    if dtype.kind == "b":
-        return (Values.RAW,)
-    if not allowed(names[values], dtype):
-        raise InputError(f"values is {values!r}: it saves nothing on {dtype}, send it raw")
-    return (names[values],)
+def _draft(
+    array: NDArray[Any], values: str, base_round: int, compress: bool, rng: np.random.Generator | None
+) -> Draft:
+    dtype = array.dtype.newbyteorder("=")
+    kinds = value_kinds(values, dtype)
+    codes_N, scales_R = to_codes(array, kinds[0], rng)
+    edges_K = find_edges(codes_N)
+    size = len(codes_N)
+    nonzeros = int(np.count_nonzero(codes_N)) if edges_K is None else count_nonzeros(edges_K, size)
+    lengths = {kind: values_size(codes_N, nonzeros, kind, dtype) for kind in kinds}
+    positions = sparse_sizes(edges_K, nonzeros, size) if nonzeros < size or dtype.kind == "b" else {}
+    encoding, kind = choose(positions, lengths, dtype)
+    sections = [scales_R.view(np.uint8).data, memoryview(pack_positions(encoding, codes_N, edges_K))]
+    if kind in (Values.VARINT, Values.INT4) or dtype.kind == "b":
+        sent = codes_N if encoding is Encoding.DENSE else gather(codes_N, edges_K)
+        sections.append(pack_values(sent, kind, dtype))
+    elif encoding is Encoding.DENSE:
+        sections.append(codes_N.view(np.uint8).data)
+    else:
+        sections += gather_bytes(codes_N, edges_K)
+    return make_draft(sections, encoding, kind, dtype, array.shape, base_round, compress)
 
 
-def _smallest(
-    codes_N: NDArray[Any], kinds: tuple[Values, ...], dtype: np.dtype[Any]
-) -> tuple[Encoding, Values, bytes, NDArray[Any]]:
-    """Encoding, value kind, positions section and codes to send of the shortest body; the simpler on ties."""
-    mask_N = codes_N != 0
-    sent_P = codes_N[mask_N]
-    options: list[tuple[Encoding, Values, bytes, NDArray[Any]]] = []
-    if dtype.kind != "b":
-        options += [(Encoding.DENSE, kind, b"", codes_N) for kind in kinds]
-    if dtype.kind == "b" or len(sent_P) < len(codes_N):
-        for encoding, positions in candidate_positions(mask_N):
-            options += [(encoding, kind, positions, sent_P) for kind in kinds]
-    return min(options, key=lambda option: len(option[2]) + values_size(option[3], option[1], dtype))
+def choose(
+    positions: dict[Encoding, int], values: dict[Values, tuple[int, int]], dtype: np.dtype[Any]
+) -> tuple[Encoding, Values]:
+    """Encoding and kind of the shortest body, the simpler on ties: of the bytes of the positions, nothing where no
+    value is zero, and for each kind the bytes of all values and of the non-zeros."""
+    # A bool's position is its value, so there is no dense one.
+    sizes = {} if dtype.kind == "b" else {(Encoding.DENSE, kind): every for kind, (every, _) in values.items()}
+    for encoding, section in positions.items():
+        sizes |= {(encoding, kind): section + sparse for kind, (_, sparse) in values.items()}
+    return min(sizes, key=sizes.__getitem__)
 
 
 def _compress(body: bytes) -> bytes:

@@ -3,8 +3,8 @@
 Small blobs of every encoding, kind of values and dtype are mutated one to four times: bits and bytes changed, bytes
 cut out, put in or copied from another blob, fields of the header set to edge values. Half are then given the checksum
 of what they now hold, as a forger would; the others must all be refused. What decodes must be no larger than the
-bound, be the same into a given array, and survive `encode` and `decode`. Every 50th is decoded under tracemalloc:
-`peak` is the largest sum of allocations over bound plus blob, `slowest_s` the longest decode.
+bound, be the same into a given array, and survive `encode` and `decode`. Every 50th is decoded under tracemalloc
+too: `peak` is the most that was allocated at a time over bound plus blob, `slowest_s` the longest case.
 
 Case K of a seed is the same in every run, so that `--start` goes on where a run ended.
 """
@@ -17,6 +17,7 @@ import struct
 import time
 import tracemalloc
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.codec import DTYPES, CodecError, decode, encode
 
 MAX_BYTES = 1 << 14
-PEAK = 4
-"""Times the bound plus the blob that a decode of such blobs may allocate in all."""
+PEAK = 12
+"""Times the bound plus the blob that a decode may allocate in all: a position is 8 bytes, and there are steps."""
 SLOW = 5.0
 """Seconds that no decode of such blobs may take, on however busy a machine."""
 _SAMPLED = 50
@@ -52,19 +53,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     peak = slowest = 0.0
     for number in range(options.start, options.start + options.cases):
         blob, sealed = mutated(blobs, random.Random(options.seed << 40 | number))
-        begin = time.perf_counter()
         try:
-            if number % _SAMPLED:
-                outcome = attempt(blob, sealed)
-                slowest = max(slowest, time.perf_counter() - begin)
-            else:
-                tracemalloc.start()
-                outcome = attempt(blob, sealed)
-                peak = max(peak, tracemalloc.get_traced_memory()[1] / (MAX_BYTES + len(blob)))
-                tracemalloc.stop()
+            begin = time.perf_counter()
+            outcome = attempt(blob, sealed)
+            slowest = max(slowest, time.perf_counter() - begin)
+            if number % _SAMPLED == 0:
+                peak = max(peak, allocated(blob) / (MAX_BYTES + len(blob)))
             assert peak <= PEAK and slowest <= SLOW, f"{peak:.1f} times the bound, {slowest:.1f} s"
         except Exception as error:
-            raise AssertionError(f"case {number} of seed {options.seed}: {blob.hex()}") from error
+            raise AssertionError(f"case {number} of seed {options.seed}: {blob[:64].hex()}...") from error
         outcomes[outcome] += 1
     rows = [{"outcome": outcome, "blobs": count} for outcome, count in outcomes.most_common()]
     return {"rows": rows, "ratios": {"peak": peak, "slowest_s": slowest, "cases": sum(outcomes.values())}}
@@ -90,8 +87,7 @@ def seeds() -> list[bytes]:
 
 def mutated(blobs: list[bytes], draw: random.Random) -> tuple[bytes, bool]:
     """One of the blobs, changed, and whether its checksum is right."""
-    original = draw.choice(blobs)
-    blob = bytearray(original)
+    blob = bytearray(draw.choice(blobs))
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(blob))
         kind = draw.randrange(7)
@@ -115,13 +111,23 @@ def mutated(blobs: list[bytes], draw: random.Random) -> tuple[bytes, bool]:
             blob[where : where + 8] = struct.pack("<Q", draw.choice((*_WIDE_EDGES, draw.randrange(200))))
         if not blob:
             break
-    sealed = draw.random() < 0.5 and len(blob) > 8
-    if sealed:
+    if draw.random() < 0.5 and len(blob) > 8:
         # Half of them with the length made right too, so that the body is reached.
         if draw.random() < 0.5 and len(blob) > 26 and len(blob) >= 26 + 8 * blob[13]:
             blob[18:26] = struct.pack("<Q", len(blob) - 26 - 8 * blob[13])
         blob[4:8] = struct.pack("<I", crc32c(blob[8:]))
-    return bytes(blob), sealed or bytes(blob) == original
+    # A change may also undo another, or make the header of one blob that of another.
+    return bytes(blob), len(blob) > 8 and blob[4:8] == struct.pack("<I", crc32c(blob[8:]))
+
+
+def allocated(blob: bytes) -> int:
+    """The most bytes that a decode holds at a time."""
+    tracemalloc.start()
+    with suppress(CodecError):
+        decode(blob, max_bytes=MAX_BYTES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 def attempt(blob: bytes, sealed: bool) -> str:

@@ -186,6 +186,13 @@ def test_bf16_by_hand():
     assert got.view(np.uint32).tolist() == want
 
 
+def test_bf16_takes_signalling_nans_without_a_warning():
+    patterns = np.array([0x7FF0000000000001, 0xFFF0000000000001], np.uint64)
+    assert np.isnan(decode(encode(patterns.view(np.float64), values="bf16"))[0]).all()
+    blob = encode(np.array([1.0]), values="bf16")
+    assert np.isnan(decode(resealed(blob[:-2] + b"\x81\x7f"))[0]).all()
+
+
 LARGEST = float(np.finfo(np.float32).max)
 floats = st.one_of(st.floats(-LARGEST, LARGEST, width=32), st.floats(-1, 1, width=32))
 

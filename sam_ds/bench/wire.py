@@ -3,7 +3,9 @@
 `blocks`: fp32 values of which a share of the 4 KiB blocks is not zero. `scattered`: a share of single values is not.
 Everything is timed twice: into memory that was written to before (`encode_into`, `decode(out=)`, beside
 `numpy.copyto`), and into fresh memory, whose pages are first touched in the call (beside `numpy.copy`). `bound` is the
-fewest bytes: the non-zero values and, for scattered ones, the entropy of their positions.
+fewest bytes: the non-zero values and, for scattered ones, the entropy of their positions. `units`: many small arrays.
+`error` is that of the sum of 16 updates which were rounded one by one, over the length of the sum: to nearest,
+stochastically, and to nearest with error feedback.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     entropy = -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) * scattered.size / 8
     _measure("scattered", scattered, 4 * int(np.count_nonzero(scattered)) + int(entropy), options, table, ratios)
     _measure_units(options, rng, table, ratios)
+    for values in ("int8", "int4"):
+        for how, error in _errors(rng.normal(size=(16, 64, 256)).astype(np.float32) + 0.3, values, rng).items():
+            ratios[f"{values}_{how}_error"] = error
     return {"rows": table, "ratios": ratios}
 
 
@@ -139,3 +144,17 @@ def _measure_units(
     ratios |= {
         f"units_{name}_us": 1e6 * timed[f"{name}_units"].median / options.units for name in ("encode", "decode")
     }
+
+
+def _errors(updates: NDArray[np.float32], values: str, rng: np.random.Generator) -> dict[str, float]:
+    residual = np.zeros_like(updates[0])
+    left = {how: np.zeros(updates.shape[1:]) for how in ("nearest", "stochastic", "feedback")}
+    for update in updates:
+        corrected = update + residual
+        sent = decode(encode(corrected, values=values))[0]
+        residual = corrected - sent
+        left["feedback"] += update - sent
+        left["nearest"] += update - decode(encode(update, values=values))[0]
+        left["stochastic"] += update - decode(encode(update, values=values, rng=rng))[0]
+    length = float(np.linalg.norm(updates.sum(0, dtype=np.float64)))
+    return {how: float(np.linalg.norm(error)) / length for how, error in left.items()}

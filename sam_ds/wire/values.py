@@ -86,7 +86,8 @@ def to_codes(
     no_scales = np.zeros(0, dtype=np.float32)
     flat = np.ascontiguousarray(array).reshape(-1)
     if kind is Values.BF16:
-        with np.errstate(over="ignore"):
+        # What is too large becomes infinity; a signalling NaN is cast with a warning.
+        with np.errstate(over="ignore", invalid="ignore"):
             bits = flat.astype("<f4", copy=False).view("<u4")
         halves = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
         # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
@@ -106,7 +107,8 @@ def from_codes(codes_N: NDArray[Any], scales_R: NDArray[np.float32], kind: Value
     if kind is Values.BF16:
         bits = codes_N.astype("<u4")
         bits <<= 16
-        out[...] = bits.view("<f4").reshape(out.shape)
+        with np.errstate(invalid="ignore"):
+            out[...] = bits.view("<f4").reshape(out.shape)
         return
     rows = max(len(scales_R), 1)
     # A code times a float32 is exact in float64; rounded to float32 at once it is the same, in half the memory.

@@ -1,4 +1,4 @@
-"""Blobs that were written once: they must be read, and written again, bit for bit (`sam_ds/wire/codec.py`, version)."""
+"""Blobs that were written once: they must be read and written again bit for bit (`sam_ds/wire/header.py`, version)."""
 
 from __future__ import annotations
 

@@ -110,8 +110,9 @@ def test_what_memory_is_refused():
     for out in (np.ones((3, 2), np.float32).T, frozen):
         with pytest.raises(InputError, match="out must be"):
             decode(blob, out=out)
-    with pytest.raises(InputError, match=f"needs {len(blob)}"):
-        encode_into(x, bytearray(len(blob) - 1))
+    for memory in (bytearray(len(blob) - 1), memoryview(blob)):
+        with pytest.raises(InputError, match=f"needs {len(blob)}"):
+            encode_into(x, memory)
 
 
 TORCH = [dtype for dtype in DTYPES if dtype.name != "uint32"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sam_ds.errors import InputError
-from sam_ds.wire.codec import DTYPES, choose, encode, make_draft, value_kinds
+from sam_ds.wire.codec import choose, encode, value_kinds
+from sam_ds.wire.header import DTYPES, make_draft
 from sam_ds.wire.values import Values, fixed_size
 from sam_ds.wire.varint import MAX_VARINT_BYTES
 from sam_ds.wire.zeros import Encoding, section_bytes
@@ -41,7 +42,7 @@ def encode_tensor(
     if name not in dtypes:
         raise InputError(f"tensor.dtype is {name}: convert it to one of {', '.join(dtypes)}")
     dtype = dtypes[name]
-    kind = value_kinds(values, dtype)[0]
+    kind = value_kinds(values, dtype, tensor.ndim, base_round)[0]
     if dtype.kind in "iu" or kind not in (Values.RAW, Values.BF16):
         return encode(tensor.cpu().numpy(), values=values, base_round=base_round, compress=compress, rng=rng)
     codes_N = _codes(tensor.detach().contiguous().view(-1), kind)

@@ -28,7 +28,7 @@ from sam_ds.wire.codec import CodecError, decode_body, encode, read_header
 from sam_ds.wire.device import encode_tensor
 
 STYPE = "sam-ds.codec.v2"
-"""Serialisation type of a blob of `codec.py` in a Flower `Array`."""
+"""Serialisation type of a blob of `header.py` in a Flower `Array`."""
 
 _MAX_NAME = 255
 _SEGMENT = "[A-Za-z0-9_][A-Za-z0-9_-]*"

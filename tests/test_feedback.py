@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from in_process import Federation
 
 from sam_ds.federation.feedback import encode_update
@@ -28,6 +29,7 @@ def sent_in(config, deltas, state, *, units=lambda round_: (UP,), keep=True):
     total = {UP: np.zeros(deltas.shape[1:]), DOWN: np.zeros(deltas.shape[1:])}
     for round_, delta in enumerate(deltas, 1):
         own = state if keep else RecordDict()
+        state.update(recorddict_from_proto(recorddict_to_proto(state)))  # as a node hands it to the ClientApp
         blobs = encode_update({unit: delta for unit in units(round_)}, own, config, round_=round_, client=3)
         for unit, value in decode_units(blobs, base_round=round_).items():
             total[unit] += value

@@ -50,7 +50,7 @@ def test_edges_are_those_of_a_walk(codes, chunk):
 
 
 def large_arrays():
-    """Longer than the stretches that the encoder looks at: 131072 values, probed every 1024."""
+    """Longer than the stretches that the encoder looks at: 262144 values, probed every 1024."""
     rng = np.random.default_rng(5)
     full = rng.standard_normal(300_000, dtype=np.float32) + 10
     blocks, odd, few, half = full.copy(), full.copy(), np.zeros_like(full), full.copy()
@@ -58,7 +58,7 @@ def large_arrays():
     aligned = full[: 1024 * 290].reshape(-1, 1024).copy()
     aligned[rng.random(290) < 0.7] = 0
     aligned[20, 700] = 0  # a zero where the probe says that there is none
-    odd[1:131_072], odd[131_073:262_144] = 0, 0  # one value at the border of two stretches
+    odd[1:262_144], odd[262_145:299_000] = 0, 0  # one value at the border of two stretches
     few[rng.integers(0, len(few), 3000)] = 1
     half[rng.random(len(half)) < 0.5] = 0
     return {"dense": full, "blocks": blocks, "aligned": aligned, "odd": odd, "few": few, "half": half,

@@ -37,7 +37,7 @@ class Encoding(IntEnum):
     DELTA_VARINT = 3
 
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 """Values looked at together: what the second look at them needs is still in the cache."""
 _PROBED = 1 << 10
 """Values that are taken for zeros or not by the first of them, then checked."""

@@ -39,6 +39,8 @@ STEPS = {Values.INT8: 127, Values.INT4: 7}
 """The largest code of the kinds with a scale per row."""
 _ROW = 64
 """Values that a scale is at least for, where the shape allows it."""
+_TOGETHER = 1 << 15
+"""Values rounded together."""
 
 
 def allowed(kind: Values, dtype: np.dtype[Any]) -> bool:
@@ -86,13 +88,7 @@ def to_codes(
     no_scales = np.zeros(0, dtype=np.float32)
     flat = np.ascontiguousarray(array).reshape(-1)
     if kind is Values.BF16:
-        # What is too large becomes infinity; a signalling NaN is cast with a warning.
-        with np.errstate(over="ignore", invalid="ignore"):
-            bits = flat.astype("<f4", copy=False).view("<u4")
-        halves = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-        # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        return np.where(is_nan, (bits >> 16) | 0x0040, halves).astype("<u2"), no_scales
+        return _to_halves(flat), no_scales
     if kind in STEPS:
         codes_N, scales_R = _to_steps(flat, row_count(array.shape, array.size), kind, rng)
         return codes_N.view(np.uint8), scales_R
@@ -190,13 +186,39 @@ def _from_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
     return codes
 
 
+def _to_halves(flat: NDArray[Any]) -> NDArray[np.uint16]:
+    halves_N = np.empty(flat.size, dtype="<u2")
+    for start in range(0, flat.size, _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        # What is too large becomes infinity; a signalling NaN is cast with a warning.
+        with np.errstate(over="ignore", invalid="ignore"):
+            bits = flat[some].astype("<f4", copy=False).view("<u4")
+        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+        # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        halves_N[some] = np.where(is_nan, (bits >> 16) | 0x0040, rounded)
+    return halves_N
+
+
 def _to_steps(
     flat: NDArray[Any], rows: int, kind: Values, rng: np.random.Generator | None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    if flat.size == 0:
-        return np.zeros(0, dtype=np.int8), np.zeros(0, dtype="<f4")
+    codes_N, scales_R = np.empty(flat.size, dtype=np.int8), np.empty(rows, dtype="<f4")
+    if not flat.size:
+        return codes_N, scales_R
+    wide, codes = flat.reshape(rows, -1), codes_N.reshape(rows, -1)
+    # A few rows at a time: the steps between are in float64, and stay in the cache.
+    together = max(1, _TOGETHER // wide.shape[1])
+    for start in range(0, rows, together):
+        some = slice(start, start + together)
+        codes[some], scales_R[some] = _round_rows(wide[some].astype(np.float64), kind, rng)
+    return codes_N, scales_R
+
+
+def _round_rows(
+    exact: NDArray[np.float64], kind: Values, rng: np.random.Generator | None
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     steps = STEPS[kind]
-    exact = flat.reshape(rows, -1).astype(np.float64)
     absmax_R = np.abs(exact).max(axis=1)
     if not bool((absmax_R <= float(np.finfo(np.float32).max)).all()):
         raise InputError(f"values={kind.name.lower()!r} needs finite values that fit float32: send the array raw")
@@ -204,9 +226,9 @@ def _to_steps(
     # Rounded down, |x| / scale could exceed the largest code and be cut, which would bias the largest value of a row.
     short_R = scales_R.astype(np.float64) * steps < absmax_R
     scales_R[short_R] = np.nextafter(scales_R[short_R], np.float32(np.inf))
-    ratio = exact / np.where(scales_R > 0, scales_R, 1).astype(np.float64)[:, None]
-    rounded = np.rint(ratio) if rng is None else np.floor(ratio + rng.random(ratio.shape))
-    return np.clip(rounded, -steps, steps).astype(np.int8).reshape(-1), scales_R
+    exact /= np.where(scales_R > 0, scales_R, 1).astype(np.float64)[:, None]
+    rounded = np.rint(exact, out=exact) if rng is None else np.floor(exact + rng.random(exact.shape), out=exact)
+    return np.clip(rounded, -steps, steps, out=rounded), scales_R
 
 
 def _fold(codes: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint64]:

@@ -1,11 +1,13 @@
 """The codec against a plain copy of the same array and against what else would write it: seconds and bytes.
 
 `blocks`: fp32 values of which a share of the 4 KiB blocks is not zero. `scattered`: a share of single values is not.
-Everything is timed twice: into memory that was written to before (`encode_into`, `decode(out=)`, beside
-`numpy.copyto`), and into fresh memory, whose pages are first touched in the call (beside `numpy.copy`). `bound` is the
-fewest bytes: the non-zero values and, for scattered ones, the entropy of their positions. `units`: many small arrays.
-`error` is that of the sum of 16 updates which were rounded one by one, over the length of the sum: to nearest,
-stochastically, and to nearest with error feedback.
+Both are timed twice: into memory that was written to before (`encode_into`, `decode(out=)`, beside `numpy.copyto`), and
+into fresh memory, whose pages are first touched in the call (beside `numpy.copy`). `dense`: values without zeros,
+rounded to nearest. `units`: many small arrays. `bound` is the fewest bytes: the non-zero values and, for scattered
+ones, the entropy of their positions; elsewhere those of the array. `error` is that of the sum of 16 updates which were
+rounded one by one, over the length of the sum: to nearest, stochastically, and to nearest with error feedback.
+
+Seconds are those of the processor: every call runs on one thread.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -53,6 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     share = np.count_nonzero(scattered) / scattered.size
     entropy = -(share * math.log2(share) + (1 - share) * math.log2(1 - share)) * scattered.size / 8
     _measure("scattered", scattered, 4 * int(np.count_nonzero(scattered)) + int(entropy), options, table, ratios)
+    _measure_rounded(rng.standard_normal((options.mib * 16, 4 * BLOCK), dtype=np.float32), options, table)
     _measure_units(options, rng, table, ratios)
     for values in ("int8", "int4"):
         for how, error in _errors(rng.normal(size=(16, 64, 256)).astype(np.float32) + 0.3, values, rng).items():
@@ -77,7 +81,7 @@ def _measure(
         for name, save in _peers(array).items():
             sizes[name] = len(save())
             calls[name] = lambda _, save=save: len(save())
-    timed = interleave(calls, rounds=options.rounds)
+    timed = interleave(calls, rounds=options.rounds, clock=time.process_time)
     assert decode(blob)[0].tobytes() == array.tobytes()
     for name, own in timed.items():
         size = sizes.get(name, len(blob))
@@ -93,6 +97,21 @@ def _measure(
         f"{title}_fresh_decode": timed["copy"].median / timed["decode"].median,
         f"{title}_bytes": len(blob) / bound,
     }  # fmt: skip
+
+
+def _measure_rounded(array: NDArray[np.float32], options: argparse.Namespace, table: list[dict[str, Any]]) -> None:
+    blobs = {values: encode(array, values=values) for values in ("bf16", "int8", "int4")}
+    calls: dict[str, Any] = {"copy": lambda _: len(array.copy())}
+    for values, blob in blobs.items():
+        calls[f"encode {values}"] = lambda _, values=values: len(encode(array, values=values))
+        calls[f"decode {values}"] = lambda _, blob=blob: decode(blob)[1]
+    timed = interleave(calls, rounds=options.rounds, clock=time.process_time)
+    for name, own in timed.items():
+        size = len(blobs[name.split()[1]]) if " " in name else array.nbytes
+        table.append({
+            "array": "dense", "call": name, "median_s": own.median, "speed": timed["copy"].median / own.median,
+            "bytes": size, "bytes_over_bound": size / array.nbytes,
+        })  # fmt: skip
 
 
 def _peers(array: NDArray[np.float32]) -> dict[str, Any]:
@@ -133,7 +152,7 @@ def _measure_units(
         "copy": lambda _: len([value.copy() for value in units.values()]),
         "encode_units": lambda _: len(encode_units(units, base_round=1)),
         "decode_units": lambda _: len(decode_units(blobs, expected=shapes, base_round=1)),
-    }, rounds=options.rounds)  # fmt: skip
+    }, rounds=options.rounds, clock=time.process_time)  # fmt: skip
     sizes = {"copy": values.nbytes}
     for name, own in timed.items():
         size = sizes.get(name, sum(map(len, blobs.values())))

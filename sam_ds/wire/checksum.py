@@ -1,6 +1,7 @@
 """CRC32C: the Castagnoli polynomial (RFC 3720, appendix B.4), which CPUs have an instruction for.
 
-Two to three times as fast as zlib's CRC32 and, like it, sure to find every burst of up to 32 changed bits.
+Nearly twice as fast as zlib's CRC32, five times on what is in the cache, and, like it, sure to find every burst of up
+to 32 changed bits.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _CHUNK = 1 << 18
 _PROBED = 1 << 10
 """Values that are taken for zeros or not by the first of them, then checked."""
 _LONG_RUN = 512
-"""Bytes from which on runs are copied one by one; shorter ones are faster by an index of all values."""
+"""Mean bytes from which on runs are copied one by one; shorter ones are faster by a mask."""
 _ZEROS = memoryview(bytes(1 << 18))
 
 
@@ -184,7 +184,7 @@ def scatter(sent_P: NDArray[Any], index: Index, out_N: NDArray[Any], *, cleared:
 
 
 def _copy_runs(sent_P: NDArray[Any], runs: Runs, out_N: NDArray[Any], *, cleared: bool) -> None:
-    # Slices of a memoryview: half the time of slices of an array, and there may be one every few hundred bytes.
+    # A slice of a memoryview takes half as long to make as one of an array, and there may be one every 512 bytes.
     width = out_N.itemsize
     source, target = sent_P.view(np.uint8).data, out_N.view(np.uint8).data
     taken = done = 0
@@ -212,7 +212,7 @@ def _edges_of_chunk(chunk: NDArray[Any]) -> NDArray[np.int64]:
         probed = chunk[::_PROBED] != 0
         starts = np.flatnonzero(probed[1:] != probed[:-1]) * _PROBED + _PROBED
         starts = np.concatenate([[0], starts])
-        # Most often a stretch is all zeros or has none: two reductions are less than half of what a mask costs.
+        # Most often a stretch is all zeros or has none: two reductions cost two thirds of a mask.
         none_zero, all_zero = np.minimum.reduceat(chunk, starts) > 0, np.maximum.reduceat(chunk, starts) == 0
         if bool((none_zero | all_zero).all()):
             return starts

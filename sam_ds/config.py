@@ -134,7 +134,7 @@ class WireSection(Checked):
     """How updates are encoded."""
 
     prefix: ClassVar[str] = "wire."
-    values: Literal["raw", "bf16", "int8", "int4"] = "raw"
+    values: Literal["raw", "bf16", "int8", "int4"] = "raw"  # of updates; the last two with error feedback, but for ht
     compress: bool = False  # zstd over the encoded body; needs the extra `zstd`
 
 

@@ -364,6 +364,21 @@ def reference_varint(value):
     return bytes([*out, value])
 
 
+def reference_crc32c(data):
+    """Bit by bit, as in RFC 3720: the reflected polynomial 0x1EDC6F41."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def reference_edges(codes):
+    """Where zeros turn into non-zeros and back, by walking the values."""
+    return [k for k, code in enumerate(codes) if bool(code) != (k > 0 and bool(codes[k - 1]))]
+
+
 def reference_body_sizes(codes, width):
     """Bytes of the body in each encoding, by walking the values; `width` bytes for each value sent."""
     nonzero = [k for k, code in enumerate(codes) if code]

@@ -100,3 +100,10 @@ def test_estimators_enumerate_the_design_in_use(monkeypatch: pytest.MonkeyPatch)
 def test_estimators_refuse(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "estimators", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_wire_keeps_to_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "wire", "--mib", "1", "--units", "20", "--rounds", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 1 <= found["ratios"]["scattered_bytes"] <= 1.1 and 1 <= found["ratios"]["blocks_bytes"] <= 1.002
+    assert main(["bench", "wire", "--blocks", "1.5"]) == 2

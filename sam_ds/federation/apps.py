@@ -10,7 +10,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -20,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from sam_ds.clients.task import WorkerGroup
 from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, from_flat
+from sam_ds.federation.feedback import encode_update
 from sam_ds.federation.graphs import follow
 from sam_ds.federation.messages import blob_record, result_content, task_of
 from sam_ds.federation.methods.registry import METHODS, configured
@@ -31,8 +31,6 @@ from sam_ds.wire.payload import encode_units
 server_app = ServerApp()
 client_app = ClientApp()
 
-_UPLOAD = 4
-"""Keeps the generator of stochastic rounding apart from those of participation (1, 2) and exploration (3)."""
 _worker: Worker | None = None
 
 
@@ -65,14 +63,9 @@ def train(message: Message, context: Context) -> Message:
     graph_LEE, edits = follow(message.content, context.state)
     task = task_of(message.content, graph_LEE)
     result = worker.train(task)
-    wire = worker.config.wire
-    # Stochastic rounding is unbiased, as the aggregation needs it to be.
-    rng = np.random.default_rng([_UPLOAD, worker.config.seed, task.round, task.client])
     stays = METHODS[worker.config.method].stays
-    blobs = encode_units(
-        {unit: delta for unit, delta in result.deltas.items() if not stays(unit)}, values=wire.values,
-        base_round=task.round, compress=wire.compress, rng=rng if wire.values in ("int8", "int4") else None,
-    )  # fmt: skip
+    sent = {unit: delta for unit, delta in result.deltas.items() if not stays(unit)}
+    blobs = encode_update(sent, context.state, worker.config, round_=task.round, client=task.client)
     # What stays with the client is not rounded for a wire that it does not see.
     kept = {unit: delta for unit, delta in result.deltas.items() if stays(unit)}
     blobs |= encode_units(kept, base_round=task.round)

@@ -13,6 +13,7 @@ is a path out of anywhere.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sam_ds.errors import InputError
 from sam_ds.wire.codec import CodecError, decode_body, encode, read_header
+from sam_ds.wire.device import encode_tensor
 
-STYPE = "sam-ds.codec.v1"
-"""Serialisation type of a blob of `codec.py` in a Flower `Array`."""
+STYPE = "sam-ds.codec.v2"
+"""Serialisation type of a blob of `header.py` in a Flower `Array`."""
 
 _MAX_NAME = 255
 _SEGMENT = "[A-Za-z0-9_][A-Za-z0-9_-]*"
@@ -120,7 +123,7 @@ def parse_unit(name: str) -> Unit:
 
 
 def encode_units(
-    units: Mapping[Unit, NDArray[Any]],
+    units: Mapping[Unit, NDArray[Any] | Tensor],
     *,
     values: str = "raw",
     base_round: int = 0,
@@ -128,17 +131,20 @@ def encode_units(
     rng: np.random.Generator | None = None,
 ) -> dict[str, bytes]:
     """One blob per unit, by name, in the order of the units (so that `rng` gives the same bytes for the
-    same units).
+    same units). A tensor is encoded where it lies (`device.py`).
 
     Raises:
         InputError: as `codec.encode`, with the unit's name.
     """
     blobs = {}
     for unit in sorted(units):
+        value = units[unit]
         try:
-            blobs[unit_name(unit)] = encode(
-                units[unit], values=values, base_round=base_round, compress=compress, rng=rng
-            )
+            if isinstance(value, np.ndarray):
+                blob = encode(value, values=values, base_round=base_round, compress=compress, rng=rng)
+            else:
+                blob = encode_tensor(value, values=values, base_round=base_round, compress=compress, rng=rng)
+            blobs[unit_name(unit)] = blob
         except InputError as error:
             raise InputError(f"{unit_name(unit)}: {error}") from None
     return blobs
@@ -181,7 +187,9 @@ def decode_units(
             array = decode_body(header, max_bytes=left)
         except CodecError as error:
             raise RejectedUpdate("corrupt", f"{name}: {error}") from None
-        if array.dtype.kind == "f" and not bool(np.isfinite(array).all()):
+        # Both are NaN if any value is: no array of bools is made.
+        extremes = (array.max(initial=0), array.min(initial=0)) if array.dtype.kind == "f" else ()
+        if not all(map(math.isfinite, extremes)):
             raise RejectedUpdate("not-finite", f"{name} holds NaN or infinity")
         left -= array.nbytes
         arrays[unit] = array

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from sam_ds.errors import InputError
-from sam_ds.wire.varint import CodecError, decode_varints, encode_varints, varint_lengths
+from sam_ds.wire.varint import CodecError, decode_varints, encode_varints, varint_bytes
 
 
 class Values(IntEnum):
@@ -39,14 +39,17 @@ STEPS = {Values.INT8: 127, Values.INT4: 7}
 """The largest code of the kinds with a scale per row."""
 _ROW = 64
 """Values that a scale is at least for, where the shape allows it."""
+_TOGETHER = 1 << 15
+"""Values rounded together."""
 
 
 def allowed(kind: Values, dtype: np.dtype[Any]) -> bool:
-    """Whether an array of `dtype` may be sent as `kind`; bf16 of a float16 would only lose bits."""
+    """Whether an array of `dtype` may be sent as `kind`: not where that saves nothing, as a varint of one byte or bf16
+    of a float16."""
     if kind is Values.RAW:
         return True
     if kind is Values.VARINT:
-        return dtype.kind in "iu"
+        return dtype.kind in "iu" and dtype.itemsize > 1
     return dtype.kind == "f" and not (kind is Values.BF16 and dtype.itemsize == 2)
 
 
@@ -77,57 +80,52 @@ def row_count(shape: tuple[int, ...], size: int) -> int:
 def to_codes(
     array: NDArray[Any], kind: Values, rng: np.random.Generator | None
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Codes (N,) and scales (R,), the latter empty unless `kind` has scales.
+    """Codes (N,), contiguous and unsigned, and scales (R,), the latter empty unless `kind` has scales.
 
     Raises:
         InputError: INT8 or INT4 of a value that is not finite or too large for a float32 scale.
     """
     no_scales = np.zeros(0, dtype=np.float32)
-    flat = array.reshape(-1)
+    flat = np.ascontiguousarray(array).reshape(-1)
     if kind is Values.BF16:
-        with np.errstate(over="ignore"):
-            bits = flat.astype("<f4").view("<u4")
-        halves = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-        # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
-        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        return np.where(is_nan, (bits >> 16) | 0x0040, halves).astype("<u2"), no_scales
+        return _to_halves(flat), no_scales
     if kind in STEPS:
-        return _to_steps(flat, row_count(array.shape, array.size), kind, rng)
+        codes_N, scales_R = _to_steps(flat, row_count(array.shape, array.size), kind, rng)
+        return codes_N.view(np.uint8), scales_R
     little = flat.astype(array.dtype.newbyteorder("<"), copy=False)
     return little.view(code_dtype(kind, array.dtype)), no_scales
 
 
-def from_codes(
-    codes_N: NDArray[Any],
-    scales_R: NDArray[np.float32],
-    kind: Values,
-    dtype: np.dtype[Any],
-    shape: tuple[int, ...],
-) -> NDArray[Any]:
-    """The inverse of `to_codes` (up to its rounding): an array of `shape` and native `dtype`."""
+def from_codes(codes_N: NDArray[Any], scales_R: NDArray[np.float32], kind: Values, out: NDArray[Any]) -> None:
+    """The inverse of `to_codes` (up to its rounding) for the kinds that round, into a contiguous array."""
+    if not out.size:
+        return
     if kind is Values.BF16:
-        bits = codes_N.astype("<u4") << 16
-        return bits.view("<f4").astype(dtype).reshape(shape)
-    if kind in STEPS:
-        rows = max(len(scales_R), 1)
-        # A code times a float32 is exact in float64; rounded to float32 at once it is the same, in half the memory.
-        work = np.float32 if dtype.itemsize == 4 else np.float64
-        with np.errstate(over="ignore"):
-            exact: NDArray[Any] = np.multiply(codes_N.reshape(rows, -1), scales_R[:, None], dtype=work)
-        # A scale is rounded up, so the row's maximum may land just above the largest finite number.
-        largest = float(np.finfo(dtype).max)
-        np.clip(exact, -largest, largest, out=exact)
-        return exact.astype(dtype, copy=False).reshape(shape)
-    return codes_N.view(dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(shape)
+        bits = codes_N.astype("<u4")
+        bits <<= 16
+        with np.errstate(invalid="ignore"):
+            out[...] = bits.view("<f4").reshape(out.shape)
+        return
+    rows = max(len(scales_R), 1)
+    # A code times a float32 is exact in float64; rounded to float32 at once it is the same, in half the memory.
+    exact = out if out.dtype == np.float32 else np.empty(out.shape)
+    with np.errstate(over="ignore"):
+        np.multiply(codes_N.reshape(rows, -1), scales_R[:, None], dtype=exact.dtype, out=exact.reshape(rows, -1))
+    # A scale is rounded up, so the row's maximum may land just above the largest finite number.
+    largest = float(np.finfo(out.dtype).max)
+    np.clip(exact, -largest, largest, out=exact)
+    if exact is not out:
+        out[...] = exact
 
 
-def values_size(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> int:
-    """Bytes that `pack_values` would give."""
+def values_size(codes_N: NDArray[Any], nonzeros: int, kind: Values, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Bytes of the values section: of all codes, and of those that are not 0."""
     if dtype.kind == "b":
-        return 0
+        return 0, 0
     if kind is Values.VARINT:
-        return int(varint_lengths(_fold(codes, dtype)).sum())
-    return fixed_size(codes.size, kind, dtype)
+        every = varint_bytes(_fold(codes_N, dtype))
+        return every, every - (len(codes_N) - nonzeros)
+    return fixed_size(len(codes_N), kind, dtype), fixed_size(nonzeros, kind, dtype)
 
 
 def fixed_size(count: int, kind: Values, dtype: np.dtype[Any]) -> int:
@@ -135,17 +133,18 @@ def fixed_size(count: int, kind: Values, dtype: np.dtype[Any]) -> int:
     return (count + 1) // 2 if kind is Values.INT4 else count * code_dtype(kind, dtype).itemsize
 
 
-def pack_values(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> bytes:
-    """The values section: the codes that are sent, one after the other."""
+def pack_values(codes: NDArray[Any], kind: Values, dtype: np.dtype[Any]) -> memoryview:
+    """The values section of a kind whose bytes are not the codes' own: the codes that are sent, one after the other."""
     if dtype.kind == "b":
-        return b""
+        return memoryview(b"")
     if kind is Values.VARINT:
-        return encode_varints(_fold(codes, dtype))
-    return _nibbles(codes).tobytes() if kind is Values.INT4 else codes.tobytes()
+        return memoryview(encode_varints(_fold(codes, dtype)))
+    assert kind is Values.INT4
+    return _nibbles(codes).data
 
 
 def unpack_values(data: memoryview, count: int, kind: Values, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The `count` codes of a values section that must hold exactly these.
+    """The `count` codes of a values section that must hold exactly these; where it can be, a view of it.
 
     Raises:
         CodecError: another number of values than `count`, or one outside the range of `dtype`.
@@ -166,12 +165,15 @@ def unpack_values(data: memoryview, count: int, kind: Values, dtype: np.dtype[An
         raise CodecError(f"{len(data)} bytes of values, {fixed_size(count, kind, dtype)} were announced")
     if kind is Values.INT4:
         return _from_nibbles(np.frombuffer(data, dtype=np.uint8), count)
-    return np.frombuffer(data, dtype=codes_as).copy()
+    codes = np.frombuffer(data, dtype=codes_as)
+    if kind is Values.INT8 and bool((codes == -128).any()):
+        raise CodecError("a byte that no code is written as")
+    return codes
 
 
 def _nibbles(codes: NDArray[Any]) -> NDArray[np.uint8]:
     halves = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
-    halves[: codes.size] = codes.view(np.uint8) & 0xF
+    halves[: codes.size] = codes & np.uint8(0xF)
     packed: NDArray[np.uint8] = halves[::2] | (halves[1::2] << np.uint8(4))
     return packed
 
@@ -184,13 +186,39 @@ def _from_nibbles(packed: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
     return codes
 
 
+def _to_halves(flat: NDArray[Any]) -> NDArray[np.uint16]:
+    halves_N = np.empty(flat.size, dtype="<u2")
+    for start in range(0, flat.size, _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        # What is too large becomes infinity; a signalling NaN is cast with a warning.
+        with np.errstate(over="ignore", invalid="ignore"):
+            bits = flat[some].astype("<f4", copy=False).view("<u4")
+        rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+        # Rounding could carry a NaN's payload into infinity or zero: keep it a (quiet) NaN instead.
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        halves_N[some] = np.where(is_nan, (bits >> 16) | 0x0040, rounded)
+    return halves_N
+
+
 def _to_steps(
     flat: NDArray[Any], rows: int, kind: Values, rng: np.random.Generator | None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    if flat.size == 0:
-        return np.zeros(0, dtype=np.int8), np.zeros(0, dtype="<f4")
+    codes_N, scales_R = np.empty(flat.size, dtype=np.int8), np.empty(rows, dtype="<f4")
+    if not flat.size:
+        return codes_N, scales_R
+    wide, codes = flat.reshape(rows, -1), codes_N.reshape(rows, -1)
+    # A few rows at a time: the steps between are in float64, and stay in the cache.
+    together = max(1, _TOGETHER // wide.shape[1])
+    for start in range(0, rows, together):
+        some = slice(start, start + together)
+        codes[some], scales_R[some] = _round_rows(wide[some].astype(np.float64), kind, rng)
+    return codes_N, scales_R
+
+
+def _round_rows(
+    exact: NDArray[np.float64], kind: Values, rng: np.random.Generator | None
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     steps = STEPS[kind]
-    exact = flat.reshape(rows, -1).astype(np.float64)
     absmax_R = np.abs(exact).max(axis=1)
     if not bool((absmax_R <= float(np.finfo(np.float32).max)).all()):
         raise InputError(f"values={kind.name.lower()!r} needs finite values that fit float32: send the array raw")
@@ -198,9 +226,9 @@ def _to_steps(
     # Rounded down, |x| / scale could exceed the largest code and be cut, which would bias the largest value of a row.
     short_R = scales_R.astype(np.float64) * steps < absmax_R
     scales_R[short_R] = np.nextafter(scales_R[short_R], np.float32(np.inf))
-    ratio = exact / np.where(scales_R > 0, scales_R, 1).astype(np.float64)[:, None]
-    rounded = np.rint(ratio) if rng is None else np.floor(ratio + rng.random(ratio.shape))
-    return np.clip(rounded, -steps, steps).astype(np.int8).reshape(-1), scales_R
+    exact /= np.where(scales_R > 0, scales_R, 1).astype(np.float64)[:, None]
+    rounded = np.rint(exact, out=exact) if rng is None else np.floor(exact + rng.random(exact.shape), out=exact)
+    return np.clip(rounded, -steps, steps, out=rounded), scales_R
 
 
 def _fold(codes: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.uint64]:

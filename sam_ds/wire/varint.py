@@ -4,10 +4,12 @@ Seven bits a byte, least significant first, the high bit set on every byte but t
 variable-length integer of DWARF and Protocol Buffers. One pass per byte position, so at most ten numpy
 passes whatever the number of values.
 
-Shape legend: V values, B bytes.
+Shape legend: V values, L of them longer than so many bytes, B bytes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,21 +17,30 @@ from numpy.typing import NDArray
 MAX_VARINT_BYTES = 10
 """Bytes that hold 64 bits, seven at a time."""
 
-_THRESHOLDS = np.array([1 << (7 * k) for k in range(1, MAX_VARINT_BYTES)], dtype=np.uint64)
-
 
 class CodecError(ValueError):
     """Bytes that are not what our encoder writes: damaged, truncated, or made up."""
 
 
-def varint_lengths(values_V: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Bytes that each value takes, (V,) int64 in 1..10."""
-    return np.searchsorted(_THRESHOLDS, values_V, side="right").astype(np.int64) + 1
+def varint_bytes(values_V: NDArray[Any]) -> int:
+    """Bytes that all the values, none of them negative, take."""
+    total = longer = len(values_V)
+    for k in range(1, MAX_VARINT_BYTES):
+        if not longer:
+            break
+        longer = int(np.count_nonzero(values_V >= 1 << 7 * k))
+        total += longer
+    return total
 
 
 def encode_varints(values_V: NDArray[np.uint64]) -> bytes:
     """The values (V,) uint64 one after the other, nothing before and nothing after."""
-    lengths_V = varint_lengths(values_V)
+    lengths_V = np.ones(len(values_V), dtype=np.int64)
+    for k in range(1, MAX_VARINT_BYTES):
+        longer_V = values_V >= np.uint64(1 << 7 * k)
+        if not bool(longer_V.any()):
+            break
+        lengths_V += longer_V
     starts_V = np.cumsum(lengths_V) - lengths_V
     out_B = np.empty(int(lengths_V.sum()), dtype=np.uint8)
     for k in range(int(lengths_V.max(initial=0))):
@@ -52,16 +63,16 @@ def decode_varints(data: bytes | memoryview) -> NDArray[np.uint64]:
     if bytes_B[-1] >= 0x80:
         raise CodecError("the last varint is cut off")
     ends_V = np.flatnonzero(bytes_B < 0x80)
-    starts_V = np.concatenate([[0], ends_V[:-1] + 1])
-    lengths_V = ends_V - starts_V + 1
+    lengths_V = np.diff(ends_V, prepend=-1)
     longest = int(lengths_V.max())
     if longest > MAX_VARINT_BYTES or bool((bytes_B[ends_V[lengths_V == MAX_VARINT_BYTES]] > 1).any()):
         raise CodecError("a varint does not fit 64 bits")
-    if bool((bytes_B[ends_V[lengths_V > 1]] == 0).any()):
+    values_V = bytes_B[ends_V].astype(np.uint64)
+    if bool((values_V[lengths_V > 1] == 0).any()):
         raise CodecError("a varint is longer than it needs to be")
-    values_V = np.zeros(len(ends_V), dtype=np.uint64)
-    for k in range(longest):
-        has_V = lengths_V > k
-        seven = (bytes_B[starts_V[has_V] + k] & 0x7F).astype(np.uint64)
-        values_V[has_V] |= seven << np.uint64(7 * k)
+    # The last byte is the most significant: Horner's rule from the end.
+    for k in range(1, longest):
+        long_L = np.flatnonzero(lengths_V > k)
+        seven_L = bytes_B[ends_V[long_L] - k] & np.uint8(0x7F)
+        values_V[long_L] = (values_V[long_L] << np.uint64(7)) | seven_L
     return values_V

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import resource
 
 import numpy as np
 import pytest
 from in_process import assert_equal_states
 
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation import state as state_module
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.state import ServerState, checkpoints, load_checkpoint, save_checkpoint, write_atomically
@@ -50,6 +52,7 @@ def test_round_trip(tmp_path, moments):
     assert path.name == "round-00003.safetensors"
     after = load_checkpoint(path)
     assert_equal_states(before, after)
+    assert save_checkpoint(after, tmp_path, keep=3).read_bytes() == path.read_bytes()
     for unit, value in before.units.items():
         assert after.units[unit].tobytes() == value.tobytes() and after.units[unit].dtype == value.dtype
 
@@ -110,10 +113,10 @@ def test_the_message_names_the_older_one(tmp_path):
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module, "_VERSION", "3")
+    monkeypatch.setattr(state_module, "_VERSION", 4)
     path = save_checkpoint(random_state(), tmp_path, keep=3)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="has version 3, this package reads 2"):
+    with pytest.raises(InputError, match="has version 4, this package reads 3"):
         load_checkpoint(path)
 
 
@@ -132,17 +135,39 @@ def test_a_crash_while_writing_keeps_the_old_one(tmp_path, monkeypatch, broken):
     old = random_state(3, seed=1)
     path = save_checkpoint(old, tmp_path, keep=3)
 
-    def crash(*args):
-        raise OSError("no space left")
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, broken, crash)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(random_state(3, seed=2), tmp_path, keep=3)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(random_state(4, seed=2), tmp_path, keep=1)
+    monkeypatch.setattr(os, broken, full)
+    for state, keep in ((random_state(3, seed=2), 3), (random_state(4, seed=2), 1)):
+        name = f"round-0000{state.round}.safetensors: No space left on device; make room and go on with --resume"
+        with pytest.raises(RunStopped, match=name):
+            save_checkpoint(state, tmp_path, keep=keep)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == [path.name]
     assert_equal_states(load_checkpoint(path), old)
+
+
+def test_a_disk_that_takes_no_more_keeps_the_old_one(tmp_path):
+    """The kernel refuses what is beyond a size."""
+    old = random_state(3, seed=1)
+    path = save_checkpoint(old, tmp_path, keep=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(RunStopped, match=rf"cannot write {tmp_path}/round-00004.safetensors: File too large"):
+            save_checkpoint(random_state(4, seed=2), tmp_path, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == [path.name]
+    assert_equal_states(load_checkpoint(path), old)
+
+
+def test_what_a_kill_left_goes_with_the_next_writing(tmp_path):
+    (tmp_path / ".round-00003.safetensors.4711").write_bytes(b"half")
+    (tmp_path / ".round-00004.safetensors.4711").write_bytes(b"half, of another")
+    path = save_checkpoint(random_state(3), tmp_path, keep=3)
+    assert sorted(os.listdir(tmp_path)) == [".round-00004.safetensors.4711", path.name]
 
 
 def test_write_atomically_replaces(tmp_path):

@@ -114,10 +114,12 @@ def result_content(result: Result, blobs: Mapping[str, bytes], round_: int, edit
 _RECORDS = ("units", "counters", "metrics")
 _METRICS = ("num-examples", "tokens", "loss-first", "loss-last", "load-seconds", "train-seconds", "started",
             "edits")
+_LEAST = {"edits": -1}
+"""Of the metrics that may be negative (`graphs.UNKNOWN`)."""
 
 
 def reply_content(reply: Message) -> RecordDict:
-    """The content of a train reply, its records there and its metrics finite numbers. Raises RejectedUpdate."""
+    """The content of a train reply, its records there and its metrics numbers of their range. Raises RejectedUpdate."""
     if reply.has_error():
         raise RejectedUpdate("client-failed", str(reply.error.reason)[-500:])
     for name in _RECORDS:
@@ -125,8 +127,9 @@ def reply_content(reply: Message) -> RecordDict:
             raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
     for name in _METRICS:
         value = reply.content["metrics"].get(name)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, not a finite number")
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < _LEAST.get(name, 0):
+            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, not a finite number, or below "
+                                 f"{_LEAST.get(name, 0)}")
     return reply.content
 
 

@@ -24,7 +24,7 @@ from sam_ds.experts.factors import FACTORS_FILE, FROZEN, fit_factors, load_facto
 from sam_ds.experts.units import prepare
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.server import calibration_rows
-from sam_ds.federation.state import checkpoints
+from sam_ds.federation.state import checkpoints, unfinished, write_atomically, writing
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -73,11 +73,12 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
     calibration = torch.from_numpy(calibration_rows(config, corpus, tokenizer))
     get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
-    unfinished = run / f".base.{os.getpid()}"
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(base, ignore_errors=True)
-    os.replace(unfinished, base)
+    with writing(base):
+        made = unfinished(base)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        shutil.rmtree(base, ignore_errors=True)
+        os.replace(made, base)
     _prepare_factors(config, run, corpus)
     return base
 
@@ -136,4 +137,4 @@ def open_run(config: RunConfig, *, default_out: str) -> Path:
 
 def write_config(config: RunConfig, run: Path) -> None:
     """Put the resolved configuration into the run folder."""
-    (run / "config.toml").write_text(to_toml(config))
+    write_atomically(run / "config.toml", to_toml(config).encode())

@@ -31,9 +31,10 @@ from sam_ds.federation.run import prepare
 from sam_ds.federation.setup import clients_of, corpus_of
 
 KEYS = (
-    "sam.num_experts=8", "sam.top_k=4", "sam.roots=2", "sam.calibration_tokens=4096", "federation.rounds=5",
+    "sam.num_experts=8", "sam.top_k=4", "sam.roots=2", "sam.calibration_tokens=4096", "federation.rounds=4",
     "federation.clients=10", "federation.clients_per_round=10", "federation.edges=14", "federation.max_edits=0",
-    "federation.partition=iid", "train.steps=5", "train.batch=4", "train.sequence=64", "train.warmup_steps=2",
+    "federation.partition=iid", "train.steps=4", "train.batch=4", "train.sequence=64", "train.warmup_steps=1",
+    "train.lr=0.004",
     "evaluation.window=64", "evaluation.stride=64", "evaluation.every=99", "evaluation.max_tokens=64",
     "evaluation.test_tokens=2048", "evaluation.sparse=false", "tiers.small.experts=4", "tiers.medium.experts=6",
     "tiers.large.experts=8", "runtime.threads=1",

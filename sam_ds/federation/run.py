@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
@@ -17,7 +18,7 @@ from sam_ds.evaluation.report import summary_table, write_report
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.server import Server
-from sam_ds.federation.setup import check_model, clients_of, corpus_of, prepare_base, write_config
+from sam_ds.federation.setup import check_model, clients_of, corpus_of, hold, prepare_base, write_config
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.federation.strategy import SamStrategy
 from sam_ds.graph.bounds import corrected_bound, fit_rate, founding_bound
@@ -36,6 +37,7 @@ def prepare(config: RunConfig) -> Path:
     corpus = corpus_of(config)
     clients_of(config, corpus)
     run.mkdir(parents=True, exist_ok=True)
+    hold(run)
     base = prepare_base(config, run, corpus)
     # After the last check: a folder with a configuration holds a run that can be resumed.
     write_config(config, run)
@@ -132,7 +134,8 @@ def bounds(server: Server) -> dict[str, Any] | None:
     Estimates: on a real run nothing proves the loss to be PL; None where the losses do not allow a fit.
     """
     losses, section = server.state.losses, server.config.federation
-    if (fit := fit_rate(losses)) is None:
+    # A hostile update may leave a model without a finite loss; the run's report says so.
+    if not np.isfinite(losses).all() or (fit := fit_rate(losses)) is None:
         return None
     # With the rate per round eta mu = fit.rate, eta is taken as 1 round and mu = rate; at step size 1 / Lip the noise
     # term is sigma2 / (2 mu), and the residuals of the fit estimate it directly: sigma2 = 2 mu * their variance.

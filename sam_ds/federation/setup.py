@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -25,6 +27,9 @@ from sam_ds.experts.units import prepare
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.server import calibration_rows
 from sam_ds.federation.state import checkpoints, unfinished, write_atomically, writing
+
+_held: dict[Path, IO[str]] = {}
+"""The locks of this process: one that is closed is given up."""
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -133,6 +138,27 @@ def open_run(config: RunConfig, *, default_out: str) -> Path:
         raise InputError(f"out={config.out} already holds a run; go on with --resume {config.out} or choose another")
     run.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def hold(run: Path) -> None:
+    """Keep the run folder for this process, until it ends, on storage that all see. Raises InputError where another
+    process is at work in it, as the ranks of a launcher that was killed are."""
+    path = (run / ".running").resolve()
+    if path in _held:
+        return
+    file = open(path, "a+")  # as long as the lock is to last
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read()
+        file.close()
+        raise InputError(f"out={run} is in use by process {holder or 'unknown'}: wait for it, or end it and go on with "
+                         f"--resume {run}") from error
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}")
+    file.flush()
+    _held[path] = file
 
 
 def write_config(config: RunConfig, run: Path) -> None:

@@ -145,6 +145,7 @@ def rank_of(folder, rank):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(900)
 def test_when_a_rank_dies_the_launcher_ends_the_others_and_the_run_goes_on(finished, tiny, tmp_path):
     folder = tmp_path / "run"
     process = started(2, free_port(), *arguments(tiny, folder, *ROUNDS))

@@ -15,7 +15,8 @@ from sam_ds.federation.metrics import read_records
 from sam_ds.federation.run import run_server
 from sam_ds.federation.state import checkpoints, save_checkpoint
 
-OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5")
+OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5",
+             "evaluation.max_tokens=32", "evaluation.test_tokens=32")  # fmt: skip
 CLOCKS = ("wall_seconds", "evaluation_seconds", "work_seconds", "orchestration_seconds", "train_seconds",
           "load_seconds", "orchestration_share", "standin_seconds", "bytes_up", "bytes_down", "config")  # fmt: skip
 

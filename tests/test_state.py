@@ -7,6 +7,8 @@ import json
 import os
 import re
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from in_process import assert_equal_states
 from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation import state as state_module
 from sam_ds.federation.metrics import MetricsLog, read_records
+from sam_ds.federation.setup import hold
 from sam_ds.federation.state import ServerState, checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from sam_ds.graph.editlog import EditLog
 from sam_ds.graph.edits import Edit
@@ -215,3 +218,27 @@ def test_a_line_that_a_crash_cut_is_forgotten(tmp_path):
         log.rewind(1)
         log.write({"kind": "run"})
         assert [json.loads(line) for line in log.path.read_text().splitlines()] == [*records, {"kind": "run"}]
+
+
+# ------------------------------------------------------------------ the folder around it
+
+
+def test_a_run_folder_is_one_process_at_a_time(tmp_path):
+    """Another process is told who has it; when that one is gone, however, it is free."""
+    program = """
+import fcntl, os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+os.write(file, b"4711 on there")
+print("held", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / ".running")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=f"out={tmp_path} is in use by process 4711 on there: wait for it, or end"):
+            hold(tmp_path)
+        other.kill()
+    hold(tmp_path)
+    hold(tmp_path)
+    assert (tmp_path / ".running").read_text().startswith(f"{os.getpid()} on ")

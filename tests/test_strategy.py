@@ -16,6 +16,7 @@ from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation.graphs import UNKNOWN
 from sam_ds.federation.messages import blobs_of
 from sam_ds.federation.participation import sample_clients
+from sam_ds.federation.run import bounds
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.graph.dag import check_graph
 from sam_ds.graph.editlog import catch_up
@@ -341,8 +342,10 @@ def test_dense_methods_run_and_send_everything(federate, method):
 # ------------------------------------------------------------------ clients that fail or lie
 
 
-SHORT = ("federation.rounds=2", "federation.timeout_seconds=0.3", "federation.edit_every=9", "evaluation.every=9",
+SHORT = ("federation.rounds=2", "federation.clients=3", "federation.timeout_seconds=0.3",
+         "federation.edit_every=9", "evaluation.every=9",
          "evaluation.sparse=false", "evaluation.max_tokens=64")  # fmt: skip
+"""Three clients, all drawn."""
 
 
 def in_round(round_, tamper):
@@ -578,12 +581,14 @@ def test_too_few_that_register_stop_the_run(federate, overrides, least):
 
 
 def test_more_nodes_than_clients_and_taken_ids(federate):
-    """Node 7 says it is the seventh of six, node 9 that it is client 0, which node 1 is; the run is as without them."""
+    """Node 7 says it is the seventh of six, node 9 that it is client 0, which node 1 is; node 2 answers twice. The run
+    is as without that."""
     federation = federate("federation.rounds=1", start=False)
     federation.grid.partitions |= {7: 6, 9: 0}
+    federation.grid.tamper_query = {2: lambda reply: [reply, reply]}
     federation.start()
     refused = {r["node"]: (r["reason"], r["detail"]) for r in federation.records("refused")}
-    assert refused.keys() == {7, 9} and refused[9] == (
+    assert refused.keys() == {2, 7, 9} and refused[2][0] == "duplicate" and refused[9] == (
         "taken-id", "registration: client 0 is node 1, which is still connected"
     )  # fmt: skip
     assert refused[7][0] == "client-failed" and "partition-id is 6, the federation has 6 clients" in refused[7][1]
@@ -652,3 +657,10 @@ def test_what_the_grid_does_not_take_is_named(federate):
     federation.grid.push_messages = lossy
     federation.start()
     assert status(federation, client).startswith("rejected: not-sent")
+
+
+def test_a_run_whose_loss_is_not_finite_still_ends(federate):
+    """Nothing is fitted to it; the report and the model come after."""
+    server = federate(start=False).server
+    server.state.losses = [5.0, 4.0, 3.5, math.nan]
+    assert bounds(server) is None

@@ -198,5 +198,6 @@ FAULTS = {
     "a metric that is no number": Fault(with_metric("tokens", math.nan), "corrupt"),
     "a metric that is a list": Fault(with_metric("started", [1.0, 2.0]), "corrupt"),
     "a metric below zero": Fault(with_metric("tokens", -1), "corrupt"),
+    "a metric of 1e300": Fault(with_metric("tokens", 1e300), "corrupt"),
 }  # fmt: skip
 """Of one client in one round; what it answers otherwise is honest."""

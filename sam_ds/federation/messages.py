@@ -9,7 +9,6 @@ How graphs travel is in `graphs.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -126,10 +125,9 @@ def reply_content(reply: Message) -> RecordDict:
         if name not in reply.content:
             raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
     for name in _METRICS:
-        value = reply.content["metrics"].get(name)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < _LEAST.get(name, 0):
-            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, not a finite number, or below "
-                                 f"{_LEAST.get(name, 0)}")
+        value, least = reply.content["metrics"].get(name), _LEAST.get(name, 0)
+        if not isinstance(value, int | float) or not least <= value <= _MAX_COUNT:
+            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, no number in {least}..2^40")
     return reply.content
 
 

@@ -73,10 +73,11 @@ class Roster:
         nodes = sorted(connected - self._asked)
         asked = {"tiers": server.tiers, "trains": server.trains}
         messages = [Message(RecordDict({"task": ConfigRecord(asked)}), node, "query") for node in nodes]
-        self._asked |= connected
         if messages:
-            identities = grid.push_messages(messages)
-            self._pending |= {identity: node for identity, node in zip(identities, nodes, strict=False) if identity}
+            taken = zip(grid.push_messages(messages), nodes, strict=False)
+            sent = {identity: node for identity, node in taken if identity}
+            self._pending |= sent
+            self._asked |= set(sent.values())
         return connected
 
     def _take(self, grid: Grid, connected: Collection[int]) -> bool:

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -28,8 +28,8 @@ from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.server import calibration_rows
 from sam_ds.federation.state import checkpoints, unfinished, write_atomically, writing
 
-_held: dict[Path, IO[str]] = {}
-"""The locks of this process: one that is closed is given up."""
+_held: dict[Path, int] = {}
+"""The locked files of this process, open until it ends: one that is closed is given up."""
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -146,18 +146,16 @@ def hold(run: Path) -> None:
     path = (run / ".running").resolve()
     if path in _held:
         return
-    file = open(path, "a+")  # as long as the lock is to last
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
-        holder = file.read()
-        file.close()
+        holder = os.read(file, 256).decode()
+        os.close(file)
         raise InputError(f"out={run} is in use by process {holder or 'unknown'}: wait for it, or end it and go on with "
                          f"--resume {run}") from error
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {platform.node()}")
-    file.flush()
+    os.truncate(file, 0)
+    os.write(file, f"{os.getpid()} on {platform.node()}".encode())
     _held[path] = file
 
 

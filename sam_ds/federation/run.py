@@ -18,7 +18,7 @@ from sam_ds.evaluation.report import summary_table, write_report
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.server import Server
-from sam_ds.federation.setup import check_model, clients_of, corpus_of, hold, prepare_base, write_config
+from sam_ds.federation.setup import check_model, clients_of, corpus_of, prepare_base, write_config
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.federation.strategy import SamStrategy
 from sam_ds.graph.bounds import corrected_bound, fit_rate, founding_bound
@@ -37,7 +37,6 @@ def prepare(config: RunConfig) -> Path:
     corpus = corpus_of(config)
     clients_of(config, corpus)
     run.mkdir(parents=True, exist_ok=True)
-    hold(run)
     base = prepare_base(config, run, corpus)
     # After the last check: a folder with a configuration holds a run that can be resumed.
     write_config(config, run)

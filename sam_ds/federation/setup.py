@@ -66,6 +66,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     """
     base = run / "base"
     if is_converted(base) and (run / "config.toml").is_file():
+        hold(run)
         _prepare_factors(config, run, corpus)
         return base
     if config.model == "embedded":
@@ -78,6 +79,8 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
     calibration = torch.from_numpy(calibration_rows(config, corpus, tokenizer))
     get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
+    # After the last check: a start that is refused leaves the folder as it was.
+    hold(run)
     with writing(base):
         made = unfinished(base)
         model.save_pretrained(made)

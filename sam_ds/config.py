@@ -94,7 +94,13 @@ class FederationSection(Checked):
     edit_noise: NonNegative = 0.0  # on the counters, in units of what one client can change in a period; 0 = none
     edit_clip: Positive = 16.0  # with noise: L2 norm of a client's counters, over a round's tokens; 8 sqrt(L) is usual
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
-    timeout_seconds: Positive = 3600.0  # per round
+    timeout_seconds: Positive = 3600.0  # from the start of a round, for registration and for tiers that do not say
+    min_clients: Natural = 0  # that must register for the run to begin; 0 = clients_per_round
+
+    @property
+    def least_clients(self) -> int:
+        """`min_clients`, resolved: all, where a client comes to have the documents of another."""
+        return self.clients if self.shift_round else self.min_clients or self.clients_per_round
 
     @property
     def floor_in_force(self) -> float:
@@ -175,6 +181,7 @@ class TierSection(Checked):
     trains: Literal["full", "lora"] = "full"  # rows of the held experts, or their slices of an adapter
     ds_config: str = "cpu_zero2.json"  # a file of ds_configs/, or a path
     ranks: Natural = 0  # of one client's worker group; 0 = runtime.ranks_per_client
+    timeout_seconds: NonNegative = 0.0  # from the start of a round to its clients' answers; 0 = federation's
     share: Probability  # of the clients; 0 = none
 
 
@@ -211,6 +218,7 @@ class RunConfig(Checked):
         _at_most("sam.roots", sam.roots, "sam.top_k", sam.top_k)
         _at_most("federation.clients_per_round", federation.clients_per_round,
                  "federation.clients", federation.clients)
+        _at_most("federation.min_clients", federation.min_clients, "federation.clients", federation.clients)
         _at_most("evaluation.stride", evaluation.stride, "evaluation.window", evaluation.window)
         if federation.refit_standins and sam.standin == "none":
             raise InputError("federation.refit_standins = true, but sam.standin = 'none' has nothing to fit: give "

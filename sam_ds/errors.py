@@ -1,4 +1,4 @@
-"""The one exception a user causes: bad input, reported before anything expensive starts."""
+"""The exception a user causes, bad input, reported before anything expensive starts; and the one that ends a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterable
 
 class InputError(ValueError):
     """Bad input: the message gives the name, the value and what to do. The commands exit with code 2."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on, for want of answers or of room on a disk: its last checkpoint is in place, and the message
+    says what stopped it. The launcher exits with code 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

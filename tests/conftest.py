@@ -87,16 +87,9 @@ def sharp(request: pytest.FixtureRequest, tiny_llama: Callable[..., Any], tiny_g
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny corpus, dense model and converted model on disk: `in_process.Tiny`."""
-    from in_process import SETTINGS, Tiny, write_corpus, write_model
+    from in_process import write_tiny
 
-    from sam_ds.config import load_config
-    from sam_ds.federation.run import prepare
-
-    root = tmp_path_factory.mktemp("tiny")
-    corpus = write_corpus(root / "corpus")
-    model = write_model(root / "model", corpus)
-    config = load_config(None, [*SETTINGS, f"model={model}", f"data={corpus}", f"out={root / 'run'}"])
-    return Tiny(corpus=corpus, model=model, base=prepare(config))
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ import io
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from in_process import SETTINGS, write_corpus, write_model
 from safetensors.torch import load_file
 
+from sam_ds.bench import ranks
 from sam_ds.federation.metrics import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +31,19 @@ def arguments(tiny, out, *overrides):
     return [part for key in keys for part in ("--set", key)]
 
 
-def deepspeed(ranks, port, *args):
-    """Run the launcher; the finished process with its output as text."""
+def started(ranks, port, *args, output=subprocess.DEVNULL, errors=subprocess.DEVNULL):
+    """The launcher, under way."""
     command = [shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks),
                "--master_port", str(port), str(ROOT / "launch" / "run_federation.py"), *args]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=errors, text=True)
+
+
+def deepspeed(ranks, port, *args):
+    """Run the launcher; the finished process with its output as text."""
+    process = started(ranks, port, *args, output=subprocess.PIPE, errors=subprocess.PIPE)
+    output, errors = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def free_port():
@@ -117,6 +127,95 @@ def test_ranks_that_do_not_divide(tiny, tmp_path):
     assert process.returncode == 2
     assert "runtime.ranks_per_client=4 does not divide the 2 ranks" in process.stderr + process.stdout
     assert not list(out.glob("*"))
+
+
+# ------------------------------------------------------------------ what dies or hangs
+
+
+def rank_of(folder, rank):
+    """The process id of a rank of the launch into this folder; None while there is none."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"out={folder}".encode() in (entry / "cmdline").read_bytes() and (
+                f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            ):
+                return int(entry.name)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_when_a_rank_dies_the_launcher_ends_the_others_and_the_run_goes_on(finished, tiny, tmp_path):
+    folder = tmp_path / "run"
+    process = started(2, free_port(), *arguments(tiny, folder, *ROUNDS))
+    while not (folder / "checkpoints" / "round-00000.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(rank_of(folder, 1), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0 and rank_of(folder, 0) is None
+    assert not (folder / "model").exists()
+    again = deepspeed(2, free_port(), "--resume", str(folder))
+    assert again.returncode == 0, again.stderr[-3000:]
+    for path in (finished[2] / "model").iterdir():
+        assert (folder / "model" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_lost_their_launcher_keep_the_folder(tiny, tmp_path):
+    """kill -9 of the launcher leaves its ranks at work: a second start is refused, by the number of the first."""
+    folder = tmp_path / "run"
+    process = started(1, free_port(), *arguments(tiny, folder, "federation.rounds=200"))
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    rank = rank_of(folder, 0)
+    try:
+        again = deepspeed(1, free_port(), "--resume", str(folder))
+        assert again.returncode == 2 and f"is in use by process {rank} on" in again.stderr + again.stdout
+    finally:
+        os.kill(rank, signal.SIGKILL)
+
+
+HANGS = """
+import sys, time
+from sam_ds.clients.worker import Worker
+from sam_ds.federation import launch
+Worker.train = lambda self, task: time.sleep(1000)
+launch._GRACE_SECONDS = 1
+sys.exit(launch.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_hangs_ends_with_the_run(tiny, tmp_path):
+    command, environment = ranks.one_rank(arguments(tiny, tmp_path / "run", "federation.timeout_seconds=1",
+                                              "federation.void_retries=0"))  # fmt: skip
+    command[2] = HANGS
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "run_federation: round 1 had no valid answer in 1 attempts" in process.stderr
+    assert "in <lambda>" in process.stderr and (tmp_path / "run" / "checkpoints" / "round-00000.safetensors").exists()
+
+
+def test_a_run_without_answers_ends_with_1_and_a_message(tiny, tmp_path, one_rank, monkeypatch, capfd):
+    """And with nothing of where in the code that was."""
+    from sam_ds.clients.worker import Worker
+    from sam_ds.federation import launch
+
+    def broken(self, task):
+        raise RuntimeError("CUDA out of memory")
+
+    alone(monkeypatch, launch)
+    monkeypatch.setattr(Worker, "train", broken)
+    shutil.copytree(tiny.base, tmp_path / "run" / "base")
+    assert launch.main(arguments(tiny, tmp_path / "run", "federation.void_retries=1")) == 1
+    said = capfd.readouterr().err
+    assert "run_federation: round 1 had no valid answer in 2 attempts; the state after round 0 is in" in said
+    assert "Traceback" not in said
+    rejected = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "client"]
+    assert len(rejected) == 6 and all("CUDA out of memory" in r["status"] for r in rejected)
 
 
 # ------------------------------------------------------------------ bad input, in this process

@@ -60,7 +60,7 @@ def _records(rounds: int = 3) -> Records:
     }]  # fmt: skip
     for r in range(rounds + 1):
         for client in range(3) if r else ():
-            rejected = {"status": f"rejected: checksum {HOSTILE}"}
+            rejected = {"status": f"rejected: corrupt: checksum {HOSTILE}", "reason": "corrupt"}
             answer = {"status": "ok", "train_seconds": 2.0, "load_seconds": 0.5, "loss_first": 4.0,
                       "loss_last": 3.5, "tokens": 12288, "active_flops": 5e10}  # fmt: skip
             records.append({
@@ -74,6 +74,7 @@ def _records(rounds: int = 3) -> Records:
             "bytes_up": _bytes(3_000_000 * bool(r)), "bytes_down": _bytes(6_000_000 * bool(r)),
             "merged": _scores(40 - r) if r != 1 else None, "sparse": _scores(44 - r) if r != 1 else None,
             "edits": edits if r == 2 else [], "gamma": 0.002 if r == 2 else None, "edges": [14, 15],
+            "warnings": [f"few decide {HOSTILE}"] if r == 3 else [],
         })  # fmt: skip
     records.append({
         "kind": "end", "rounds": rounds, "merged_before": _scores(41), "merged_after": _scores(36),
@@ -150,7 +151,7 @@ def test_every_section_is_there_and_linked(tmp_path: Path) -> None:
     assert page.headings == [
         "Headline", "Perplexity before and after", "Perplexity over the run", "Expert graph", "Edge usage",
         "Topology edits and bounds", "Bytes", "Time", "Client compute", "Clients and tiers",
-        "Rejected replies", "Data", "Configuration",
+        "Rejected replies", "Warnings", "Data", "Configuration",
     ]  # fmt: skip
     anchors = re.findall(r'<section id="([^"]+)"', text)
     assert [reference[1:] for reference in page.references] == anchors and len(set(anchors)) == len(anchors)
@@ -169,6 +170,29 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
         "layer 0: 1 pruned, 1 promoted", "layer 1: 0 pruned, 0 promoted", "36,864", "150GFLOP", "sam.top_k",
     ]:  # fmt: skip
         assert figure in words, figure
+
+
+def test_faults_are_counted_by_reason(tmp_path: Path) -> None:
+    records = _records()
+    late = {"kind": "refused", "round": 3, "node": 4711, "client": None, "reason": "late", "detail": "given up"}
+    records[-1:-1] = [late, late | {"client": 2}, late | {"reason": HOSTILE}]
+    rounds = [record for record in records if record["kind"] == "round"]
+    rounds[2]["epsilon"] = {"delta": 1e-5, "period": 2.5, "run": 2.5}
+    rounds[3] |= {"epsilon": {"delta": 1e-5, "period": 2.5, "run": 3.75}, "void": 2}
+    text, page = _page(tmp_path, records)
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["corrupt", "3", "3", "client 2"] in cells and ["late", "2", "1", "node 4711, client 2"] in cells
+    assert ["3", "4711", "2", "late", "given up"] in cells and "<script" not in text
+    words = " ".join(page.words)
+    assert f"few decide {HOSTILE}" in words and "Round 3 was void, without a valid answer, 2 times" in words
+    assert "private to epsilon 2.5 in a period, 3.75 over the 2 so far, at delta 1e-05" in words
+
+
+def test_a_run_without_faults_says_so(tmp_path: Path) -> None:
+    records = [record | {"status": "ok"} if record["kind"] == "client" else record | {"warnings": []}
+               for record in _records() if record.get("client") != 2]  # fmt: skip
+    text = _page(tmp_path, records)[0]
+    assert "none: every reply was valid" in text and '<h2>Warnings</h2><p class="none">none</p>' in text
 
 
 def test_graphs_mark_what_was_edited(tmp_path: Path) -> None:

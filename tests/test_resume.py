@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import pytest
-import torch
-from in_process import InProcessGrid, Stopped, assert_equal_states, copy_base, stop_at, worker_of
-from safetensors.torch import load_file
+from in_process import InProcessGrid, Stopped, copy_base, stop_at, worker_of
 
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation import strategy as strategy_module
 from sam_ds.federation.metrics import read_records
 from sam_ds.federation.run import run_server
-from sam_ds.federation.state import checkpoints, load_checkpoint, save_checkpoint
+from sam_ds.federation.state import checkpoints, save_checkpoint
 
-OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5")
+OVERRIDES = ("federation.rounds=4", "federation.server_optimizer=momentum", "federation.server_lr=0.5",
+             "evaluation.max_tokens=32", "evaluation.test_tokens=32")  # fmt: skip
 CLOCKS = ("wall_seconds", "evaluation_seconds", "work_seconds", "orchestration_seconds", "train_seconds",
           "load_seconds", "orchestration_share", "standin_seconds", "bytes_up", "bytes_down", "config")  # fmt: skip
 
@@ -44,12 +45,13 @@ def newest(folder):
 
 
 def assert_same_run(one, other):
+    """Checkpoints and model byte for byte, and nothing beside them that an interruption has left."""
     assert records(one) == records(other)
-    assert_equal_states(load_checkpoint(newest(one)), load_checkpoint(newest(other)))
-    for file in ("model.safetensors", "sam.safetensors"):
-        mine, yours = load_file(one / "model" / file), load_file(other / "model" / file)
-        assert mine.keys() == yours.keys()
-        assert all(torch.equal(mine[name], yours[name]) for name in mine)
+    files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (one, other)]
+    assert files[0] == files[1]
+    for file in files[0]:
+        if file.parts[0] in ("checkpoints", "model"):
+            assert (one / file).read_bytes() == (other / file).read_bytes(), file
     raw = [[r["bytes_up"]["raw"] for r in read_records(f / "metrics.jsonl") if "bytes_up" in r] for f in (one, other)]
     assert raw[0] == raw[1]
 
@@ -113,6 +115,36 @@ def test_stopped_in_the_middle_of_a_line(whole, run, tmp_path, monkeypatch):
             run(folder)
     log = folder / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
+    run(folder)
+    assert_same_run(whole, folder)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_from_the_checkpoint_before(whole, run, tmp_path, monkeypatch):
+    folder, replace = tmp_path / "run", os.replace
+
+    def full(source, target):
+        if str(target).endswith("round-00003.safetensors"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(RunStopped, match=f"cannot write {folder}/checkpoints/round-00003.safetensors: No space"):
+            run(folder)
+    assert newest(folder).name == "round-00002.safetensors"
+    assert len(list((folder / "checkpoints").iterdir())) == 3
+    run(folder)
+    assert_same_run(whole, folder)
+
+
+def test_what_an_interruption_left_is_removed(whole, run, tmp_path):
+    """Half a model, half a conversion, half a checkpoint, and replies in the spool; without a configuration the run
+    has not begun, and the conversion is made anew."""
+    folder = tmp_path / "run"
+    for name in (".model.4711/model.safetensors", ".base.4711/config.json", "spool/reply-000000.bin",
+                 "checkpoints/.round-00002.safetensors.4711"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(b"half")
     run(folder)
     assert_same_run(whole, folder)
 

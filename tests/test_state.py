@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from in_process import assert_equal_states
 
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation import state as state_module
 from sam_ds.federation.metrics import MetricsLog, read_records
+from sam_ds.federation.setup import hold
 from sam_ds.federation.state import ServerState, checkpoints, load_checkpoint, save_checkpoint, write_atomically
 from sam_ds.graph.editlog import EditLog
 from sam_ds.graph.edits import Edit
@@ -50,6 +55,7 @@ def test_round_trip(tmp_path, moments):
     assert path.name == "round-00003.safetensors"
     after = load_checkpoint(path)
     assert_equal_states(before, after)
+    assert save_checkpoint(after, tmp_path, keep=3).read_bytes() == path.read_bytes()
     for unit, value in before.units.items():
         assert after.units[unit].tobytes() == value.tobytes() and after.units[unit].dtype == value.dtype
 
@@ -110,10 +116,10 @@ def test_the_message_names_the_older_one(tmp_path):
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_module, "_VERSION", "3")
+    monkeypatch.setattr(state_module, "_VERSION", 4)
     path = save_checkpoint(random_state(), tmp_path, keep=3)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="has version 3, this package reads 2"):
+    with pytest.raises(InputError, match="has version 4, this package reads 3"):
         load_checkpoint(path)
 
 
@@ -132,17 +138,39 @@ def test_a_crash_while_writing_keeps_the_old_one(tmp_path, monkeypatch, broken):
     old = random_state(3, seed=1)
     path = save_checkpoint(old, tmp_path, keep=3)
 
-    def crash(*args):
-        raise OSError("no space left")
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, broken, crash)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(random_state(3, seed=2), tmp_path, keep=3)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(random_state(4, seed=2), tmp_path, keep=1)
+    monkeypatch.setattr(os, broken, full)
+    for state, keep in ((random_state(3, seed=2), 3), (random_state(4, seed=2), 1)):
+        name = f"round-0000{state.round}.safetensors: No space left on device; make room and go on with --resume"
+        with pytest.raises(RunStopped, match=name):
+            save_checkpoint(state, tmp_path, keep=keep)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == [path.name]
     assert_equal_states(load_checkpoint(path), old)
+
+
+def test_a_disk_that_takes_no_more_keeps_the_old_one(tmp_path):
+    """The kernel refuses what is beyond a size."""
+    old = random_state(3, seed=1)
+    path = save_checkpoint(old, tmp_path, keep=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(RunStopped, match=rf"cannot write {tmp_path}/round-00004.safetensors: File too large"):
+            save_checkpoint(random_state(4, seed=2), tmp_path, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == [path.name]
+    assert_equal_states(load_checkpoint(path), old)
+
+
+def test_what_a_kill_left_goes_with_the_next_writing(tmp_path):
+    (tmp_path / ".round-00003.safetensors.4711").write_bytes(b"half")
+    (tmp_path / ".round-00004.safetensors.4711").write_bytes(b"half, of another")
+    path = save_checkpoint(random_state(3), tmp_path, keep=3)
+    assert sorted(os.listdir(tmp_path)) == [".round-00004.safetensors.4711", path.name]
 
 
 def test_write_atomically_replaces(tmp_path):
@@ -190,3 +218,27 @@ def test_a_line_that_a_crash_cut_is_forgotten(tmp_path):
         log.rewind(1)
         log.write({"kind": "run"})
         assert [json.loads(line) for line in log.path.read_text().splitlines()] == [*records, {"kind": "run"}]
+
+
+# ------------------------------------------------------------------ the folder around it
+
+
+def test_a_run_folder_is_one_process_at_a_time(tmp_path):
+    """Another process is told who has it; when that one is gone, however, it is free."""
+    program = """
+import fcntl, os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+os.write(file, b"4711 on there")
+print("held", flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / ".running")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match=f"out={tmp_path} is in use by process 4711 on there: wait for it, or end"):
+            hold(tmp_path)
+        other.kill()
+    hold(tmp_path)
+    hold(tmp_path)
+    assert (tmp_path / ".running").read_text().startswith(f"{os.getpid()} on ")

@@ -7,20 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.app import MetricRecord
 from in_process import ClientCrash, Federation, assert_equal_states
 
+from sam_ds.bench.tampering import FAULTS, crash, scaled, without
 from sam_ds.clients.tiers import dealt_tiers
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation.graphs import UNKNOWN
-from sam_ds.federation.messages import blob_record, blobs_of
+from sam_ds.federation.messages import blobs_of
 from sam_ds.federation.participation import sample_clients
+from sam_ds.federation.run import bounds
 from sam_ds.federation.state import checkpoints, load_checkpoint
-from sam_ds.federation.strategy import RunStopped
 from sam_ds.graph.dag import check_graph
 from sam_ds.graph.editlog import catch_up
 from sam_ds.graph.edits import Edit
-from sam_ds.wire.codec import decode, encode
+from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import ExpertUnit, decode_units
 
 
@@ -341,98 +342,25 @@ def test_dense_methods_run_and_send_everything(federate, method):
 # ------------------------------------------------------------------ clients that fail or lie
 
 
-def replace_blobs(record, change):
-    """A tamper function: change the blobs of a record of the reply."""
-
-    def tamper(reply):
-        reply.content[record] = blob_record(change(dict(blobs_of(reply.content[record]))))
-        return reply
-
-    return tamper
+SHORT = ("federation.rounds=2", "federation.clients=3", "federation.timeout_seconds=0.3",
+         "federation.edit_every=9", "evaluation.every=9",
+         "evaluation.sparse=false", "evaluation.max_tokens=64")  # fmt: skip
+"""Three clients, all drawn."""
 
 
-def change_first(change):
-    """Decode the first unit, change it, encode it again."""
-
-    def tamper(blobs):
-        name = next(n for n in sorted(blobs) if n.startswith("expert/"))
-        value, round_ = decode(blobs[name])
-        return blobs | {name: change(value.copy(), round_)}
-
-    return tamper
-
-
-def poison(value, round_):
-    value.flat[-1] = np.nan
-    return encode(value, base_round=round_)
-
-
-def without_first(blobs):
-    del blobs[min(blobs)]
-    return blobs
-
-
-def negative(blobs):
-    return {name: encode(-1 - decode(data)[0], base_round=1) for name, data in blobs.items()}
-
-
-def crash(reply):
-    raise ClientCrash("CUDA out of memory")
-
-
-def drop(record):
-    def tamper(reply):
-        del reply.content[record]
-        return reply
-
-    return tamper
-
-
-def pickled(reply):
-    reply.content["units"] = ArrayRecord({"expert/0/0/up": Array(np.zeros(3))})
-    return reply
-
-
-def with_metric(name, value):
-    """Another value of one metric, or None to leave it out."""
-
-    def tamper(reply):
-        metrics = dict(reply.content["metrics"]) | {name: value}
-        reply.content["metrics"] = MetricRecord({n: v for n, v in metrics.items() if v is not None})
-        return reply
-
-    return tamper
-
-
-BAD = {
-    "NaN": (replace_blobs("units", change_first(poison)), "not-finite"),
-    "wrong shape": (replace_blobs("units", change_first(lambda v, r: encode(v[:, 1:], base_round=r))), "wrong-shape"),
-    "wrong round": (replace_blobs("units", change_first(lambda v, r: encode(v, base_round=0))), "wrong-round"),
-    "unknown unit": (replace_blobs("units", lambda b: b | {"expert/0/99/up": b[min(b)]}), "unknown-unit"),
-    "unknown name": (replace_blobs("units", lambda b: b | {"../../passwd": b[min(b)]}), "unknown-unit"),
-    "missing unit": (replace_blobs("units", without_first), "missing-unit"),
-    "no unit": (replace_blobs("units", lambda b: {}), "missing-unit"),
-    "corrupt": (replace_blobs("units", change_first(lambda v, r: encode(v, base_round=r)[:-1])), "corrupt"),
-    "pickle": (pickled, "corrupt"),
-    "negative counters": (replace_blobs("counters", negative), "corrupt"),
-    "no counters": (replace_blobs("counters", lambda b: {}), "missing-unit"),
-    "exception": (crash, "client-failed: CUDA out of memory"),
-    "units left out": (drop("units"), "missing-unit"),
-    "counters left out": (drop("counters"), "missing-unit"),
-    "metrics left out": (drop("metrics"), "missing-unit"),
-    "a metric left out": (with_metric("loss-last", None), "corrupt"),
-    "a metric that is no number": (with_metric("tokens", math.nan), "corrupt"),
-    "a metric that is a list": (with_metric("started", [1.0, 2.0]), "corrupt"),
-    "never answers": (lambda reply: None, None),
-}
+def in_round(round_, tamper):
+    """A tamper function that is honest in the other rounds."""
+    return lambda reply: tamper(reply) if reply.metadata.group_id == str(round_) else reply
 
 
 @pytest.fixture(scope="module")
 def silent(tiny, new_worker, tmp_path_factory):
-    """A round whose second client never answers: (client, Federation)."""
-    config = tiny.config(tmp_path_factory.mktemp("silent"), "federation.rounds=1", "federation.timeout_seconds=0.5")
+    """Two rounds, in the first of which the second client never answers: (client, Federation); and without that."""
+    config = tiny.config(tmp_path_factory.mktemp("silent"), *SHORT)
     client = first_clients(config)[1]
-    return client, Federation.of(config, tiny.base, new_worker(), tamper={client: lambda reply: None}).start()
+    tamper = {client: in_round(1, lambda reply: None)}
+    honest = Federation.of(tiny.config(tmp_path_factory.mktemp("honest"), *SHORT), tiny.base, new_worker())
+    return client, Federation.of(config, tiny.base, new_worker(), tamper=tamper).start(), honest.start()
 
 
 def first_clients(config):
@@ -443,25 +371,35 @@ def first_clients(config):
     return [int(client) for client in drawn]
 
 
-@pytest.mark.parametrize("how", BAD)
-def test_a_bad_client_is_named_and_left_out(federate, silent, how):
-    tamper, reason = BAD[how]
-    client, reference = silent
-    federation = federate("federation.rounds=1", "federation.timeout_seconds=0.5", tamper={client: tamper})
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_fault_is_named_and_left_out(federate, silent, how):
+    """Whatever the second of three clients sends in round 1, the result is that of the two others, or, where the answer
+    itself is good, of all three; what comes beside the answer is of no use in round 2 either."""
+    fault, (client, reference, honest) = FAULTS[how], silent
+    rounds = 2 if fault.refused else 1
+    federation = federate(*SHORT, f"federation.rounds={rounds}", tamper={client: in_round(1, fault.tamper)})
     found = status(federation)
-    assert found.pop(client).startswith("error: no answer" if reason is None else f"rejected: {reason}")
+    assert found.pop(client).startswith(f"rejected: {fault.reason}: " if fault.reason else "ok")
     assert len(found) == 2 and set(found.values()) == {"ok"}
+    reasons = [r["reason"] for r in federation.records("client") if r["status"] != "ok"]
+    assert reasons == [fault.reason] * bool(fault.reason)
+    refused = [r["reason"] for r in federation.records("refused")]
+    assert set(refused) == {fault.refused} - {""} and len(refused) <= 1
     record = federation.records("round")[1]
-    assert record["p_answer"] == pytest.approx(2 / 3) and record["answers"] == 2
-    assert_equal_states(federation.server.state, reference.server.state)
+    answers = 2 if fault.reason else 3
+    assert record["p_answer"] == pytest.approx(answers / 3) and record["answers"] == answers
+    expected = checkpoints((reference if fault.reason else honest).run / "checkpoints")[rounds]
+    assert_equal_states(federation.server.state, load_checkpoint(expected))
+    assert not (federation.run / "spool").exists()
 
 
-def test_ht_scales_by_the_share_that_answered(silent, tiny):
+def test_ht_scales_by_the_share_that_answered(federate):
     """The two that answered, weighted by 1 / p, times 3 / 2."""
-    client, federation = silent
+    client = first_clients(federate(start=False).config)[1]
+    federation = federate("federation.rounds=1", tamper={client: crash})
     planned = federation.strategy._planned.plan.clients
     examples = federation.server.state.examples
-    first = Federation.of(federation.config, tiny.base).server
+    first = Federation.of(federation.config, federation.server._base).server
     expected = {unit: value.astype(np.float64) for unit, value in first.state.units.items()}
     for each, reply in zip(planned, federation.grid.seen, strict=True):
         if each.client == client:
@@ -493,21 +431,11 @@ def test_other_rules_are_not_scaled(federate, rule):
         np.testing.assert_allclose(value, fresh[unit] + total / weight, rtol=1e-6, atol=1e-7, err_msg=str(unit))
 
 
-def replies_grown(scale):
-    """A tamper function: the deltas times `scale`."""
-
-    def grow(blobs):
-        values = {name: decode(data) for name, data in blobs.items()}
-        return {name: encode(np.float32(scale) * value, base_round=round_) for name, (value, round_) in values.items()}
-
-    return replace_blobs("units", grow)
-
-
 def test_a_robust_rule_stands_what_breaks_the_mean(federate):
     """One of six clients, all drawn and all dense, sends its update times a million; a broken one adds nothing."""
     overrides = ("method=fedavg", "federation.rounds=1", "federation.clients_per_round=6",
                  "federation.partition=iid")  # fmt: skip
-    liar, broken = replies_grown(1e6), drop("counters")
+    liar, broken = scaled(1e6), without("counters")
     moved = {}
     for robust in ("none", "norm_clip", "trimmed_mean", "median"):
         federation = federate(*overrides, f"federation.robust={robust}", worker=overrides, start=False,
@@ -592,8 +520,147 @@ def test_a_round_without_clients_is_no_failure(federate):
         assert losses[record["round"]] == losses[record["round"] - 1]
 
 
+# ------------------------------------------------------------------ registration
+
+
 def test_too_few_nodes(federate):
     federation = federate("federation.timeout_seconds=0.1", start=False)
-    federation.grid.clients = 4
-    with pytest.raises(InputError, match="federation.clients is 6, but only 4 nodes"):
+    federation.grid.partitions = {1: 0, 2: 1}
+    with pytest.raises(InputError, match="federation.clients is 6, but only 2 nodes are connected: connect at least 3"):
         federation.start()
+
+
+def misregistered(reply):
+    reply.content["metrics"] = MetricRecord({"client": 0, "num-examples": -1})
+    return reply
+
+
+def test_a_node_that_fails_to_register_is_left_out(federate):
+    """Client 1 crashes, client 4 makes no sense: the population is the four others, drawn with pi = 3 / 4."""
+    federation = federate("federation.rounds=3", start=False)
+    federation.grid.tamper_query = {2: crash, 5: misregistered}
+    federation.start()
+    state, planned = federation.server.state, federation.strategy._planned.plan.clients
+    assert {r["node"]: r["reason"] for r in federation.records("refused")} == {2: "client-failed", 5: "corrupt"}
+    assert (state.examples > 0).tolist() == [True, False, True, True, False, True]
+    assert not {1, 4} & {r["client"] for r in federation.records("client")}
+    assert {client.pi for client in planned} == {3 / 4}
+    assert all(r["p_answer"] == 1.0 for r in federation.records("round")[1:])
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("method=fedavg",), ("federation.score=anchors", "federation.floor=0.1"), ("federation.sampling=stratified",),
+], ids=" ".join)  # fmt: skip
+def test_the_estimate_is_of_those_who_registered(federate, overrides):
+    """All four of them drawn: Horvitz-Thompson's sum with weights |D_i| over the examples of the four."""
+    federation = federate(*overrides, "federation.rounds=1", "federation.clients_per_round=6",
+                          "federation.min_clients=4", worker=overrides, start=False)  # fmt: skip
+    federation.grid.tamper_query = {2: crash, 5: crash}
+    before = dict(federation.server.state.units)
+    federation.start()
+    planned, examples = federation.strategy._planned.plan.clients, federation.server.state.examples
+    assert [client.client for client in planned] == [0, 2, 3, 5] and {client.pi for client in planned} == {1.0}
+    expected = {unit: value.astype(np.float64) for unit, value in before.items()}
+    for client, reply in zip(planned, federation.grid.seen, strict=True):
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = client.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else client.pi
+            expected[unit] = expected[unit] + examples[client.client] / examples[[0, 2, 3, 5]].sum() / p * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+@pytest.mark.parametrize("overrides, least", [((), 3), (("federation.min_clients=5",), 5),
+                                              (("federation.shift_round=1",), 6)])  # fmt: skip
+def test_too_few_that_register_stop_the_run(federate, overrides, least):
+    federation = federate(*overrides, "federation.timeout_seconds=0.1", start=False)
+    federation.grid.tamper_query = dict.fromkeys(range(2, 7 if least == 3 else 4), crash)
+    message = rf"begins with {least} \(federation.min_clients\): node 2: client-failed: CUDA"
+    with pytest.raises(RunStopped, match=message):
+        federation.start()
+    assert not checkpoints(federation.run / "checkpoints")
+
+
+def test_more_nodes_than_clients_and_taken_ids(federate):
+    """Node 7 says it is the seventh of six, node 9 that it is client 0, which node 1 is; node 2 answers twice. The run
+    is as without that."""
+    federation = federate("federation.rounds=1", start=False)
+    federation.grid.partitions |= {7: 6, 9: 0}
+    federation.grid.tamper_query = {2: lambda reply: [reply, reply]}
+    federation.start()
+    refused = {r["node"]: (r["reason"], r["detail"]) for r in federation.records("refused")}
+    assert refused.keys() == {2, 7, 9} and refused[2][0] == "duplicate" and refused[9] == (
+        "taken-id", "registration: client 0 is node 1, which is still connected"
+    )  # fmt: skip
+    assert refused[7][0] == "client-failed" and "partition-id is 6, the federation has 6 clients" in refused[7][1]
+    assert_equal_states(federation.server.state, federate("federation.rounds=1").server.state)
+
+
+def test_clients_come_later_and_come_back(federate):
+    """Client 3 connects after round 1 and is a part from then on; client 0 comes back after round 2 as another node."""
+    overrides = ("federation.rounds=4", "federation.clients_per_round=6", "federation.min_clients=5",
+                 "federation.timeout_seconds=0.2", "evaluation.every=9", "evaluation.sparse=false")  # fmt: skip
+    federation = federate(*overrides, start=False)
+    grid = federation.grid
+    del grid.partitions[4]
+
+    def change(reply):
+        if reply.metadata.group_id == "1":
+            grid.partitions[4] = 3
+        elif reply.metadata.group_id == "2" and 1 in grid.partitions:
+            grid.partitions[8] = grid.partitions.pop(1)
+        return reply
+
+    grid.tamper[5] = change
+    federation.start()
+    drawn = [{r["client"]: r["status"] for r in federation.records("client") if r["round"] == n} for n in (1, 2, 3, 4)]
+    assert [set(found) for found in drawn] == [{0, 1, 2, 4, 5}, *[set(range(6))] * 3]
+    assert all(status == "ok" for found in drawn for status in found.values())
+    asked = [m.metadata.dst_node_id for m in grid.sent if m.metadata.group_id in ("3", "4")]
+    assert 8 in asked and 1 not in asked
+    assert (federation.server.state.examples > 0).all() and not federation.records("refused")
+
+
+def test_a_client_that_is_gone_when_a_run_is_resumed_counts_as_silent(federate):
+    federation = federate("federation.clients_per_round=6", "federation.rounds=1")
+    state = load_checkpoint(checkpoints(federation.run / "checkpoints")[-1])
+    again = federate("federation.clients_per_round=6", "federation.min_clients=5", "federation.timeout_seconds=0.1",
+                     start=False)  # fmt: skip
+    again.server.load_state(state)
+    del again.grid.partitions[3]
+    again.start()
+    assert status(again, 2, 2).startswith("rejected: absent")
+    assert again.records("round")[-1]["p_answer"] == pytest.approx(5 / 6)
+    np.testing.assert_array_equal(again.server.state.examples, state.examples)
+
+
+def test_a_tier_has_its_own_deadline(federate):
+    """The small one's time is up at once, that of the others never; what it trained is not waited for."""
+    federation = federate("federation.rounds=1", "tiers.small.timeout_seconds=0.05", "federation.clients_per_round=6",
+                          start=False)  # fmt: skip
+    small = [client for client, tier in enumerate(federation.server.tiers) if tier == "small"]
+    federation.grid.tamper = dict.fromkeys(small, lambda reply: None)
+    federation.start()
+    found = status(federation)
+    assert all(found.pop(client) == "rejected: no-answer: nothing came within 0.05 s" for client in small)
+    assert set(found.values()) == {"ok"}
+
+
+def test_what_the_grid_does_not_take_is_named(federate):
+    federation = federate("federation.rounds=1", start=False)
+    push, client = federation.grid.push_messages, first_clients(federation.config)[1]
+
+    def lossy(messages):
+        identities = list(push(messages))
+        return [None if m.metadata.dst_node_id == client + 1 and m.metadata.message_type == "train" else i
+                for m, i in zip(messages, identities, strict=True)]  # fmt: skip
+
+    federation.grid.push_messages = lossy
+    federation.start()
+    assert status(federation, client).startswith("rejected: not-sent")
+
+
+def test_a_run_whose_loss_is_not_finite_still_ends(federate):
+    """Nothing is fitted to it; the report and the model come after."""
+    server = federate(start=False).server
+    server.state.losses = [5.0, 4.0, 3.5, math.nan]
+    assert bounds(server) is None

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from sam_ds.bench.ranks import one_rank
 from sam_ds.bench.suite import Cell, Comparison, Suite, Table, read_results
 from sam_ds.config import to_toml
 from sam_ds.errors import InputError, nearest
@@ -33,7 +33,6 @@ from sam_ds.evaluation.page import PAGE
 from sam_ds.evaluation.records import Records, read
 from sam_ds.evaluation.svg import line_chart
 
-_RUN = "import sys; from sam_ds.federation.launch import main; sys.exit(main(sys.argv[1:]))"
 Curve = Sequence[Mapping[str, Any]]
 
 
@@ -130,14 +129,12 @@ def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
         else:
             arguments = ["--config", str(folder / "given.toml"), "--set", f"out={folder}"]
         began = time.perf_counter()
-        # One rank without a launcher, its port free as of now.
-        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        command, environment = one_rank(arguments)
         with open(folder / "log.txt", "a") as log:
             # It keeps the lock: should this process die, nobody else takes the folder while it goes on.
             code = subprocess.run(
-                [sys.executable, "-c", _RUN, *arguments], stdout=log, stderr=log, pass_fds=(lock.fileno(),),
-                env=os.environ | ranks | {"MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"},
-            ).returncode  # fmt: skip
+                command, stdout=log, stderr=log, pass_fds=(lock.fileno(),), env=environment
+            ).returncode
         record = {
             "digest": cell.digest, "variant": cell.variant, "setting": cell.setting, "seed": cell.config.seed,
             "lr": cell.config.train.lr, "seconds": time.perf_counter() - began,
@@ -274,11 +271,3 @@ def _page(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
 def _mean_of(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -45,7 +45,7 @@ th, td {{ padding: 3px 14px 3px 0; text-align: right; border-bottom: 1px solid v
   white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 th {{ color: var(--soft); font-weight: 600; }}
-#rejected-replies td:last-child, #configuration td {{ text-align: left; white-space: pre-wrap;
+#rejected-replies td:last-child, #warnings td:last-child, #configuration td {{ text-align: left; white-space: pre-wrap;
   overflow-wrap: anywhere; }}
 summary {{ cursor: pointer; color: var(--c0); font-size: 13px; }}
 svg {{ width: 100%; height: auto; display: block; }}

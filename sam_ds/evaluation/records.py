@@ -20,12 +20,19 @@ class Records:
     run: Record
     rounds: list[Record]
     clients: list[Record]
+    refused: list[Record]
+    """Messages that answered nothing: of nodes, beside the replies that a round waited for."""
     end: Record | None
 
     @property
     def trained(self) -> list[Record]:
         """The rounds in which something was trained."""
         return [record for record in self.rounds if record["round"] > 0]
+
+    @property
+    def rejected(self) -> list[Record]:
+        """Of clients that were drawn: replies that were not folded, or did not come."""
+        return [record for record in self.clients if record["status"] != "ok"]
 
     @property
     def edits(self) -> list[tuple[int, Record]]:
@@ -79,7 +86,7 @@ def read(path: Path) -> Records:
             if number == len(lines):
                 break
             raise InputError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
-    by_kind: dict[str, list[Record]] = {"run": [], "round": [], "client": [], "end": []}
+    by_kind: dict[str, list[Record]] = {"run": [], "round": [], "client": [], "refused": [], "end": []}
     for record in records:
         by_kind[record["kind"]].append(record)
     if not by_kind["run"]:
@@ -90,5 +97,6 @@ def read(path: Path) -> Records:
         run=by_kind["run"][0],
         rounds=sorted(by_kind["round"], key=lambda record: record["round"]),
         clients=by_kind["client"],
+        refused=by_kind["refused"],
         end=by_kind["end"][-1] if by_kind["end"] else None,
     )

@@ -30,6 +30,7 @@ from sam_ds.evaluation.sections import (
     rejected_section,
     time_section,
     usage_section,
+    warnings_section,
 )
 
 
@@ -48,6 +49,7 @@ def write_report(metrics_jsonl: Path, out: Path) -> None:
         ("Client compute", compute_section(records)),
         ("Clients and tiers", clients_section(records)),
         ("Rejected replies", rejected_section(records)),
+        ("Warnings", warnings_section(records)),
         ("Data", data_section(records)),
         ("Configuration", config_section(records)),
     ]

@@ -1,4 +1,4 @@
-"""The sections of the report beside its perplexities: graph, edits, bytes, time, compute, clients, data.
+"""The sections of the report beside its perplexities: graph, edits, bytes, time, compute, clients, faults, data.
 
 Each takes the records of a run, perhaps still under way, and gives HTML in which everything is escaped.
 """
@@ -6,7 +6,7 @@ Each takes the records of a run, perhaps still under way, and gives HTML in whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sam_ds.evaluation.formats import html_note, html_table, show_megabytes, show_seconds
 from sam_ds.evaluation.records import BYTES, Records
@@ -104,6 +104,13 @@ def edits_section(records: Records) -> str:
         text += html_note(
             f"gamma: {short(max(gammas))} nats, the largest change seen (a lower estimate of the true one)."
         )
+    if epsilons := [r["epsilon"] for r in records.rounds if r.get("epsilon")]:
+        last = epsilons[-1]
+        text += html_note(
+            f"The edits were proposed from noised counters: a client's counters are private to epsilon "
+            f"{last['period']:.3g} in a period, {last['run']:.3g} over the {len(epsilons)} so far, at delta "
+            f"{last['delta']:g}."
+        )
     bounds = records.end["bounds"] if records.end else None
     if bounds is None:
         return text + html_note("No bounds: they are estimated at the end of a run whose losses allow a fit.")
@@ -197,15 +204,41 @@ def clients_section(records: Records) -> str:
 
 
 def rejected_section(records: Records) -> str:
-    """Replies that were not folded, with the reason."""
-    rows = [
-        [str(r["round"]), str(r["client"]), r["domain"], r["tier"], r["status"]]
-        for r in records.clients
-        if r["status"] != "ok"
+    """Replies that were not folded and messages that answered nothing: how many for which reason, then each."""
+    rejected, refused = records.rejected, records.refused
+    text = "".join(
+        html_note(f"Round {r['round']} was void, without a valid answer, {r['void']} times before it was done.")
+        for r in records.trained if r.get("void")
+    )  # fmt: skip
+    if not rejected and not refused:
+        return text + '<p class="none">none: every reply was valid</p>'
+    reasons: dict[str, list[tuple[int, str]]] = {}
+    for r in rejected:
+        reasons.setdefault(r["reason"], []).append((r["round"], f"client {r['client']}"))
+    for r in refused:
+        who = f"node {r['node']}" if r["client"] is None else f"client {r['client']}"
+        reasons.setdefault(r["reason"], []).append((r["round"], who))
+    counts = [
+        [reason, str(len(own)), str(len({round_ for round_, _ in own})), _some(dict.fromkeys(who for _, who in own))]
+        for reason, own in sorted(reasons.items(), key=lambda item: -len(item[1]))
     ]
-    if not rows:
-        return '<p class="none">none: every reply was valid</p>'
-    return html_table(["round", "client", "domain", "tier", "status"], rows)
+    text += html_table(["reason", "count", "rounds", "from"], counts)
+    if rejected:
+        rows = [[str(r["round"]), str(r["client"]), r["domain"], r["tier"], r["status"]] for r in rejected]
+        text += html_table(["round", "client", "domain", "tier", "status"], rows)
+    if refused:
+        rows = [
+            [str(r["round"]), str(r["node"]), "" if r["client"] is None else str(r["client"]), r["reason"], r["detail"]]
+            for r in refused
+        ]
+        text += html_table(["round", "node", "client", "refused as", "detail"], rows)
+    return text
+
+
+def warnings_section(records: Records) -> str:
+    """What was said of the weights of the rounds."""
+    rows = [[str(r["round"]), text] for r in records.rounds for text in r["warnings"]]
+    return html_table(["round", "warning"], rows) if rows else '<p class="none">none</p>'
 
 
 def data_section(records: Records) -> str:
@@ -236,3 +269,8 @@ def _shares(used: Sequence[Sequence[float]]) -> dict[Edge, float]:
     """Use of every edge over that of the busiest, on a square root scale: few edges do most of the work."""
     largest = max(max(row) for row in used) or 1.0
     return {(p, e): math.sqrt(value / largest) for p, row in enumerate(used) for e, value in enumerate(row)}
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

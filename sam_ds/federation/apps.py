@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from sam_ds.clients.task import WorkerGroup
 from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig, from_flat
+from sam_ds.errors import InputError
 from sam_ds.federation.feedback import encode_update
 from sam_ds.federation.graphs import follow
 from sam_ds.federation.messages import blob_record, result_content, task_of
@@ -46,6 +47,9 @@ def query(message: Message, context: Context) -> Message:
     worker = worker_for(context)
     client = int(context.node_config["partition-id"])
     asked = message.content["task"]
+    if not 0 <= client < len(asked["tiers"]):
+        raise InputError(f"partition-id is {client}, the federation has {len(asked['tiers'])} clients: give this node "
+                         "another, or raise federation.clients")
     examples, scores, rates = worker.register(client, asked["tiers"][client], asked["trains"])
     content = RecordDict(
         {

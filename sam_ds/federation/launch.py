@@ -2,11 +2,14 @@
 
 Ranks form pods as large as the largest worker group of a tier; in a pod as many clients train at a time as there are
 groups of theirs in it. Exit codes: 0 done, 2 bad input, 1 anything else.
+
+When a rank dies, the launcher ends the others: the run goes on with `--resume`, from its last round.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import threading
@@ -26,12 +29,15 @@ from transformers.utils import logging as hf_logging
 from sam_ds.clients.task import WorkerGroup
 from sam_ds.clients.worker import Worker, engine_tier
 from sam_ds.config import RunConfig, flatten, load_config
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation.apps import client_app, server_app, set_worker
 from sam_ds.federation.grid import FOREVER, DeepSpeedGrid, Mailbox, identify, open_stores, serve
 from sam_ds.federation.methods.registry import METHODS, configured
 from sam_ds.federation.run import prepare
 from sam_ds.federation.setup import clients_of, corpus_of, open_run
+
+_GRACE_SECONDS = 60
+"""From the end of a run that failed until its ranks must have come home."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,7 +78,7 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     pod = config.pod
     # Rank 0 decides for all; the others learn the outcome, so that nobody waits for a rank that has left.
-    outcome: list[str | None] = [None, None]
+    outcome: list[str | None] = [None, None, None]
     if rank == 0:
         try:
             if ranks % pod:
@@ -81,15 +87,15 @@ def _run(config: RunConfig, *, resume: bool) -> int:
                                  f"{pod} (deepspeed --num_gpus N) or lower it")
             outcome[0] = config.out if resume else str(open_run(config, default_out=RunConfig().out))
             prepare(replace(config, out=outcome[0]))
-        except InputError as error:
-            outcome[1] = str(error)
+        except (InputError, RunStopped) as error:
+            outcome[1:] = str(error), str(_code(error))
     _share(outcome)
     if outcome[1] is not None:
         if rank == 0:
             print(f"run_federation: {outcome[1]}", file=sys.stderr)
         # Rank 0 holds the store: it must not leave before the others have read from it.
         dist.barrier()
-        return 2
+        return int(outcome[2] or 2)
     config = replace(config, out=str(outcome[0]))
     groups = _groups(config)
     server_store, store = open_stores()
@@ -117,10 +123,12 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     if thread is not None:
         thread.join()
     dist.barrier()
-    if failures:
-        print(f"run_federation: {failures[0]}", file=sys.stderr)
-        return 2 if isinstance(failures[0], InputError) else 1
-    return 0
+    faulthandler.cancel_dump_traceback_later()
+    return _code(failures[0]) if failures else 0
+
+
+def _code(error: BaseException) -> int:
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _groups(config: RunConfig) -> dict[int, WorkerGroup]:
@@ -151,9 +159,13 @@ def _serve_app(grid: DeepSpeedGrid, config: RunConfig, failures: list[BaseExcept
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=flatten(config))
         server_app(grid, context)
     except BaseException as error:
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError | RunStopped):
             traceback.print_exc()
+        print(f"run_federation: {error}", file=sys.stderr, flush=True)
         failures.append(error)
+        # A rank that hangs in a client's training never takes the message that sends it home; when this one has left,
+        # the launcher ends the others.
+        faulthandler.dump_traceback_later(_GRACE_SECONDS, exit=True, file=sys.__stderr__)
     finally:
         grid.stop()
 

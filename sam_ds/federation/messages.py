@@ -9,7 +9,6 @@ How graphs travel is in `graphs.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -114,19 +113,21 @@ def result_content(result: Result, blobs: Mapping[str, bytes], round_: int, edit
 _RECORDS = ("units", "counters", "metrics")
 _METRICS = ("num-examples", "tokens", "loss-first", "loss-last", "load-seconds", "train-seconds", "started",
             "edits")
+_LEAST = {"edits": -1}
+"""Of the metrics that may be negative (`graphs.UNKNOWN`)."""
 
 
 def reply_content(reply: Message) -> RecordDict:
-    """The content of a train reply, its records there and its metrics finite numbers. Raises RejectedUpdate."""
+    """The content of a train reply, its records there and its metrics numbers of their range. Raises RejectedUpdate."""
     if reply.has_error():
         raise RejectedUpdate("client-failed", str(reply.error.reason)[-500:])
     for name in _RECORDS:
         if name not in reply.content:
             raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
     for name in _METRICS:
-        value = reply.content["metrics"].get(name)
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, not a finite number")
+        value, least = reply.content["metrics"].get(name), _LEAST.get(name, 0)
+        if not isinstance(value, int | float) or not least <= value <= _MAX_COUNT:
+            raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, no number in {least}..2^40")
     return reply.content
 
 

@@ -14,7 +14,7 @@ from sam_ds.experts.config import SamConfig
 from sam_ds.experts.layer import SamFFN
 from sam_ds.federation.participation import ClientPlan
 from sam_ds.federation.server import Server
-from sam_ds.federation.state import ServerState, write_atomically
+from sam_ds.federation.state import ServerState, write_atomically, writing
 
 
 class MetricsLog:
@@ -40,7 +40,7 @@ class MetricsLog:
                 total = self._bytes.setdefault(way, {"raw": 0, "encoded": 0, "message": 0})
                 for name in total:
                     total[name] += record[way][name]
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())

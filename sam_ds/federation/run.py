@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
@@ -132,7 +133,8 @@ def bounds(server: Server) -> dict[str, Any] | None:
     Estimates: on a real run nothing proves the loss to be PL; None where the losses do not allow a fit.
     """
     losses, section = server.state.losses, server.config.federation
-    if (fit := fit_rate(losses)) is None:
+    # A hostile update may leave a model without a finite loss; the run's report says so.
+    if not np.isfinite(losses).all() or (fit := fit_rate(losses)) is None:
         return None
     # With the rate per round eta mu = fit.rate, eta is taken as 1 round and mu = rate; at step size 1 / Lip the noise
     # term is sigma2 / (2 mu), and the residuals of the fit estimate it directly: sigma2 = 2 mu * their variance.

@@ -48,7 +48,7 @@ from sam_ds.experts.units import (
 )
 from sam_ds.federation.methods.base import Method
 from sam_ds.federation.participation import Member
-from sam_ds.federation.state import ServerState, sync
+from sam_ds.federation.state import ServerState, sync, unfinished, writing
 from sam_ds.graph.assembler import Assembler
 from sam_ds.wire.payload import ExpertUnit, Unit
 
@@ -110,11 +110,17 @@ class Server:
         )  # fmt: skip
 
     def members(self) -> list[Member]:
-        """The population as participation needs it."""
+        """The population as participation needs it: the clients that have registered."""
         return [
             Member(client, tier, int(examples))
             for client, (tier, examples) in enumerate(zip(self.tiers, self.state.examples, strict=True))
+            if examples
         ]
+
+    @property
+    def per_round(self) -> int:
+        """How many of them are drawn a round."""
+        return min(self.config.federation.clients_per_round, int(np.count_nonzero(self.state.examples)))
 
     def holder(self, client: int, round_: int) -> int:
         """Whose documents a client has in a round."""
@@ -170,15 +176,16 @@ class Server:
         due = generation(self.config, self.state.round + 1)
         self.model.fold_lora()
         target = weights_folder(self._base, due)
-        unfinished = target.with_name(f".{target.name}")
-        unfinished.mkdir(parents=True, exist_ok=True)
         weights = {name: self._parameters[name].detach() for name in self._merged}
-        save_file(weights, unfinished / "model.safetensors")
-        sync(unfinished / "model.safetensors", unfinished)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
-        # Before the checkpoint that goes on from it.
-        sync(target.parent)
+        with writing(target):
+            made = unfinished(target)
+            made.mkdir(parents=True)
+            save_file(weights, made / "model.safetensors")
+            sync(made / "model.safetensors", made)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(made, target)
+            # Before the checkpoint that goes on from it.
+            sync(target.parent)
         self._begin(due)
         state = self.state
         state.factor_seed = factor_seed(self.config, due)
@@ -331,15 +338,20 @@ class Server:
         return torch.from_numpy(calibration_rows(self.config, self.corpus, self.tokenizer))
 
     def save_model(self, folder: Path) -> None:
-        """Fold everything learned into the weights and save them with the graph. The last thing a run does.
+        """Fold everything learned into the weights and save them with the graph, whole or not at all. The last thing a
+        run does.
 
         Messages cannot be folded: their gains are saved beside, and are what a plain load of the folder leaves out.
         """
         self.model.fold_lora()
         for parameter in self.model.parameters():
             parameter.requires_grad_(True)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with writing(folder):
+            made = unfinished(folder)
+            self.model.save_pretrained(made)
+            self.tokenizer.save_pretrained(made)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(made, folder)
 
 
 def calibration_rows(config: RunConfig, corpus: Corpus, tokenizer: Any) -> NDArray[np.int64]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ from sam_ds.experts.factors import FACTORS_FILE, FROZEN, fit_factors, load_facto
 from sam_ds.experts.units import prepare
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.server import calibration_rows
-from sam_ds.federation.state import checkpoints
+from sam_ds.federation.state import checkpoints, unfinished, write_atomically, writing
+
+_held: dict[Path, int] = {}
+"""The locked files of this process, open until it ends: one that is closed is given up."""
 
 
 def corpus_of(config: RunConfig) -> Corpus:
@@ -61,6 +66,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     """
     base = run / "base"
     if is_converted(base) and (run / "config.toml").is_file():
+        hold(run)
         _prepare_factors(config, run, corpus)
         return base
     if config.model == "embedded":
@@ -73,11 +79,14 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
     calibration = torch.from_numpy(calibration_rows(config, corpus, tokenizer))
     get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
-    unfinished = run / f".base.{os.getpid()}"
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(base, ignore_errors=True)
-    os.replace(unfinished, base)
+    # After the last check: a start that is refused leaves the folder as it was.
+    hold(run)
+    with writing(base):
+        made = unfinished(base)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        shutil.rmtree(base, ignore_errors=True)
+        os.replace(made, base)
     _prepare_factors(config, run, corpus)
     return base
 
@@ -134,6 +143,25 @@ def open_run(config: RunConfig, *, default_out: str) -> Path:
     return run
 
 
+def hold(run: Path) -> None:
+    """Keep the run folder for this process, until it ends, on storage that all see. Raises InputError where another
+    process is at work in it, as the ranks of a launcher that was killed are."""
+    path = (run / ".running").resolve()
+    if path in _held:
+        return
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(file, 256).decode()
+        os.close(file)
+        raise InputError(f"out={run} is in use by process {holder or 'unknown'}: wait for it, or end it and go on with "
+                         f"--resume {run}") from error
+    os.truncate(file, 0)
+    os.write(file, f"{os.getpid()} on {platform.node()}".encode())
+    _held[path] = file
+
+
 def write_config(config: RunConfig, run: Path) -> None:
     """Put the resolved configuration into the run folder."""
-    (run / "config.toml").write_text(to_toml(config))
+    write_atomically(run / "config.toml", to_toml(config).encode())

@@ -2,6 +2,7 @@
 
 A checkpoint is one safetensors file, written beside its place, synced and renamed into it, with a checksum of its
 contents: it is there whole or not at all, and a damaged one is told from a good one before anything is overwritten.
+Equal states are equal bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, RunStopped
 from sam_ds.graph.editlog import EditLog
 from sam_ds.wire.payload import Unit, parse_unit, unit_name
 
-_VERSION = "2"
+_VERSION = 3
 _ARRAYS = ("graph", "scores", "rates", "examples", "fitness", "load", "used", "offered", "together", "used_total",
            "ever_held")  # fmt: skip
 _SCALARS = ("round", "losses", "gamma", "downloads", "factor_seed")
@@ -85,8 +89,10 @@ def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:
     for client, own in state.personal.items():
         arrays |= {f"personal{client}/{unit_name(unit)}": value for unit, value in own.items()}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    scalars = json.dumps({name: getattr(state, name) for name in _SCALARS})
-    metadata = {"version": _VERSION, "scalars": scalars, "checksum": str(_checksum(arrays, scalars))}
+    scalars = {name: getattr(state, name) for name in _SCALARS}
+    facts = {"version": _VERSION, "scalars": scalars, "checksum": _checksum(arrays, scalars)}
+    # One entry: safetensors writes several in an order that differs from one process to the next.
+    metadata = {"sam_ds": json.dumps(facts)}
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"round-{state.round:05d}.safetensors"
     write_atomically(target, save(arrays, metadata))
@@ -101,14 +107,14 @@ def load_checkpoint(path: Path) -> ServerState:
     hint = f"delete it to resume from {older[-1].name}" if older else "there is no older one: start the run anew"
     try:
         with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
+            facts = json.loads((file.metadata() or {}).get("sam_ds", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} cannot be read ({error}); {hint}") from error
-    if metadata.get("version") != _VERSION:
-        raise InputError(f"checkpoint {path} has version {metadata.get('version')}, this package reads {_VERSION}")
-    scalars = metadata.get("scalars", "")
-    if metadata.get("checksum") != str(_checksum(arrays, scalars)):
+    if facts.get("version") != _VERSION:
+        raise InputError(f"checkpoint {path} has version {facts.get('version')}, this package reads {_VERSION}")
+    scalars = facts.get("scalars")
+    if facts.get("checksum") != _checksum(arrays, scalars):
         raise InputError(f"checkpoint {path} is damaged: its checksum does not fit its contents; {hint}")
     units = {parse_unit(n.removeprefix("unit/")): v for n, v in arrays.items() if n.startswith("unit/")}
     moments: dict[Unit, list[NDArray[Any]]] = {}
@@ -121,7 +127,7 @@ def load_checkpoint(path: Path) -> ServerState:
     return ServerState(
         units=units, personal=personal, moments={unit: tuple(values) for unit, values in moments.items()},
         edits=EditLog.of_array(arrays["edits"]), standins=arrays.get("standins"),
-        **{name: arrays[name] for name in _ARRAYS}, **json.loads(scalars),
+        **{name: arrays[name] for name in _ARRAYS}, **scalars,
     )  # fmt: skip
 
 
@@ -136,17 +142,37 @@ def checkpoint_round(path: Path) -> int:
 
 
 def write_atomically(target: Path, data: bytes) -> None:
-    """The file has the old contents or the new ones, whatever happens in between."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    """The file has the old contents or the new ones, whatever happens in between. Raises RunStopped where the disk
+    does not take them."""
+    temporary = unfinished(target)
+    with writing(target):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync(target.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, or one that fails, ends the run with the name of what it was to take."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(target.parent)
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunStopped(f"cannot write {path}: {why}; make room and go on with --resume") from error
+
+
+def unfinished(target: Path) -> Path:
+    """Where a file or folder is made before it is renamed into its place; what an earlier process, killed at that,
+    has left there is removed."""
+    for left in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return target.with_name(f".{target.name}.{os.getpid()}")
 
 
 def sync(*paths: Path) -> None:
@@ -157,8 +183,8 @@ def sync(*paths: Path) -> None:
         os.close(handle)
 
 
-def _checksum(arrays: dict[str, NDArray[Any]], scalars: str) -> int:
-    total = zlib.crc32(scalars.encode())
+def _checksum(arrays: dict[str, NDArray[Any]], scalars: Any) -> int:
+    total = zlib.crc32(json.dumps(scalars).encode())
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name])
         total = zlib.crc32(f"{name} {value.dtype} {value.shape}".encode(), total)

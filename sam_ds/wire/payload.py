@@ -77,12 +77,13 @@ Unit: TypeAlias = ExpertUnit | SharedUnit
 class RejectedUpdate(ValueError):
     """An update that must not be folded.
 
-    `reason` is one of "unknown-unit", "missing-unit", "wrong-shape", "wrong-round", "not-finite", "corrupt".
+    `reason` is one of "unknown-unit", "missing-unit", "wrong-shape", "wrong-round", "not-finite", "corrupt"; where
+    messages are exchanged there are more (`federation/exchange.py`, `federation/registration.py`).
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"{reason}: {message}")
-        self.reason = reason
+        self.reason, self.message = reason, message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

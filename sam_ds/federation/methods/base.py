@@ -61,7 +61,7 @@ def plan_dense(server: Server, round_: int) -> Planned:
     everything = {tier: [shape[1]] * shape[0] for tier in config.tiers}
     plan = plan_round(
         config.seed, round_, server.members(), everything, layers=shape[0], num_experts=shape[1],
-        roots=config.sam.roots, per_round=config.federation.clients_per_round, scheme=config.federation.sampling,
+        roots=config.sam.roots, per_round=server.per_round, scheme=config.federation.sampling,
         floor=0.0,
     )  # fmt: skip
     return Planned(plan=plan, graphs={c.client: server.state.graph for c in plan.clients}, conditions={})

@@ -15,7 +15,7 @@ from sam_ds.federation.methods import fedavg
 def _configure(config: RunConfig) -> RunConfig:
     drawn = config.federation.clients_per_round
     return replace(
-        config, federation=replace(config.federation, clients=1, clients_per_round=1, partition="iid"),
+        config, federation=replace(config.federation, clients=1, clients_per_round=1, min_clients=0, partition="iid"),
         train=replace(config.train, steps=config.train.steps * drawn),
     )  # fmt: skip
 

@@ -35,16 +35,18 @@ def _plan(server: Server, round_: int) -> Planned:
     layers, num_experts, _ = state.graph.shape
     members = server.members()
     drawn, _ = sample_clients(
-        config.seed, round_, tiers=server.tiers, per_round=section.clients_per_round, scheme=section.sampling
+        config.seed, round_, tiers=[member.tier for member in members], per_round=server.per_round,
+        scheme=section.sampling,
     )  # fmt: skip
-    conditions = {client: condition_of(server, client) for client in map(int, drawn)}
+    conditions = {client: condition_of(server, client) for client in (members[position].client for position in drawn)}
     graphs = {
         client: assemble(server, condition, (config.seed, round_, client)) for client, condition in conditions.items()
     }
     plan = plan_round(
         config.seed, round_, members, {name: [tier.experts] * layers for name, tier in config.tiers.items()},
-        layers=layers, num_experts=num_experts, roots=config.sam.roots, per_round=section.clients_per_round,
-        scheme=section.sampling, floor=section.floor_in_force, scores_NLE=scores_of(server, graphs),
+        layers=layers, num_experts=num_experts, roots=config.sam.roots, per_round=server.per_round,
+        scheme=section.sampling, floor=section.floor_in_force,
+        scores_NLE=scores_of(server, graphs)[[member.client for member in members]],
         sends={name: tier.sends for name, tier in config.tiers.items() if tier.sends},
     )  # fmt: skip
     return Planned(plan=plan, graphs=graphs, conditions=conditions)
@@ -70,7 +72,8 @@ def scores_of(server: Server, graphs: Mapping[int, NDArray[np.bool_]]) -> NDArra
         case "greedy":
             scores_NLE = greedy(state.fitness, [server.config.tiers[tier].experts for tier in server.tiers], roots)
         case "anchors":
-            scores_NLE = np.where(anchored(rates_NLE, roots), np.inf, rates_NLE)
+            here_N = state.examples > 0  # an expert's anchor is a client that takes part
+            scores_NLE[here_N] = np.where(anchored(rates_NLE[here_N], roots), np.inf, rates_NLE[here_N])
     return scores_NLE
 
 

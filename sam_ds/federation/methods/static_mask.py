@@ -35,7 +35,7 @@ def _plan(server: Any, round_: int) -> Planned:
     plan = plan_round(
         config.seed, round_, server.members(), {name: [config.sam.roots] * layers for name in config.tiers},
         layers=layers, num_experts=num_experts, roots=config.sam.roots,
-        per_round=config.federation.clients_per_round, scheme=config.federation.sampling, floor=0.0,
+        per_round=server.per_round, scheme=config.federation.sampling, floor=0.0,
     )  # fmt: skip
     drawn = [client.client for client in plan.clients]
     return Planned(

@@ -150,7 +150,7 @@ def test_every_section_is_there_and_linked(tmp_path: Path) -> None:
     assert page.headings == [
         "Headline", "Perplexity before and after", "Perplexity over the run", "Expert graph", "Edge usage",
         "Topology edits and bounds", "Bytes", "Time", "Client compute", "Clients and tiers",
-        "Rejected replies", "Data", "Configuration",
+        "Rejected replies", "Privacy", "Data", "Configuration",
     ]  # fmt: skip
     anchors = re.findall(r'<section id="([^"]+)"', text)
     assert [reference[1:] for reference in page.references] == anchors and len(set(anchors)) == len(anchors)
@@ -169,6 +169,19 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
         "layer 0: 1 pruned, 1 promoted", "layer 1: 0 pruned, 0 promoted", "36,864", "150GFLOP", "sam.top_k",
     ]:  # fmt: skip
         assert figure in words, figure
+
+
+def test_the_privacy_of_a_run_is_of_its_last_round_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    records = _records()
+    assert "nothing is promised of a client's answers" in " ".join(_page(tmp_path, records)[1].words)
+    rounds = [record for record in records if record["kind"] == "round"]
+    for record in rounds[2:]:
+        record["epsilon"] = {"delta": 1e-5, "edits": 0.125 * record["round"]}
+    words = " ".join(_page(tmp_path, records)[1].words)
+    assert "0.375" in words and "delta 1e-05" in words and "of the run as a whole nothing is promised" in words
+    rounds[-1]["epsilon"] |= {"weights": 1.75, "run": 1.76}
+    words = " ".join(_page(tmp_path, records)[1].words)
+    assert "1.76" in words and "of the run as a whole" not in words
 
 
 def test_graphs_mark_what_was_edited(tmp_path: Path) -> None:

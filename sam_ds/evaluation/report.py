@@ -27,6 +27,7 @@ from sam_ds.evaluation.sections import (
     data_section,
     edits_section,
     graph_section,
+    privacy_section,
     rejected_section,
     time_section,
     usage_section,
@@ -48,6 +49,7 @@ def write_report(metrics_jsonl: Path, out: Path) -> None:
         ("Client compute", compute_section(records)),
         ("Clients and tiers", clients_section(records)),
         ("Rejected replies", rejected_section(records)),
+        ("Privacy", privacy_section(records)),
         ("Data", data_section(records)),
         ("Configuration", config_section(records)),
     ]

@@ -208,6 +208,18 @@ def rejected_section(records: Records) -> str:
     return html_table(["round", "client", "domain", "tier", "status"], rows)
 
 
+def privacy_section(records: Records) -> str:
+    """What the noise is worth so far."""
+    epsilon = next((r["epsilon"] for r in reversed(records.rounds) if "epsilon" in r), None)
+    if epsilon is None:
+        return '<p class="none">no noise: nothing is promised of a client\'s answers</p>'
+    rows = [[part, short(value)] for part, value in epsilon.items() if part != "delta"]
+    note = f"At delta {epsilon['delta']:g}, of one client's answers in all rounds so far, from who sees what is listed."
+    if "run" not in epsilon:
+        note += " The rest left the server without noise: of the run as a whole nothing is promised."
+    return html_table(["", "epsilon"], rows) + html_note(note)
+
+
 def data_section(records: Records) -> str:
     """The corpus with its fingerprint, and the model."""
     data, model = records.run["data"], records.run["model"]

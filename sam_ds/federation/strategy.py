@@ -39,6 +39,7 @@ from sam_ds.federation.messages import (
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
+from sam_ds.federation.privacy import noised, note_release, spent
 from sam_ds.federation.robust import RobustAggregator, new_aggregator
 from sam_ds.federation.scores import heard, load_shares, running_mean
 from sam_ds.federation.server import Server
@@ -144,6 +145,8 @@ class SamStrategy(Strategy):
                 tqdm.write(f"round {round_}: {text} (said once; metrics.jsonl has it of every round)")
         self._said |= self._warnings.keys()
         record |= {"aggregation": dict(metrics), "warnings": list(self._warnings.values())}
+        if epsilon := spent(self.server.state.released, config.federation.dp_delta):
+            record["epsilon"] = epsilon
         self._evaluate_round(round_, record, evaluated)
         return True
 
@@ -205,11 +208,15 @@ class SamStrategy(Strategy):
             return None, None
         result = aggregator.result()
         selected = len(planned.plan.clients)
-        deltas = result.deltas
-        if valid < selected and rule.sums:
+        deltas, state, section = result.deltas, server.state, server.config.federation
+        if rule.bounded:
+            deltas = noised(deltas, state.units, section.dp_noise * section.dp_clip)
+        elif valid < selected and rule.sums:
             # Those who were drawn but did not answer: the share that did estimates p_answer (design 8).
-            deltas = {unit: (delta * (selected / valid)).astype(delta.dtype) for unit, delta in deltas.items()}
-        state = server.state
+            for delta in deltas.values():
+                delta *= selected / valid
+        rate = section.clients_per_round / section.clients if section.sampling == "poisson" else 1.0
+        note_release(state.released, "weights", section.dp_noise, rate)
         state.units, state.moments = ServerOptimizer(rule).step(state.units, deltas, state.moments)
         state.used += counters["used"]
         state.offered += counters["offered"]
@@ -384,4 +391,4 @@ def _facts(result: Aggregated[Unit]) -> dict[str, float]:
         "effective_sample_size": result.effective_sample_size,
         "mean_effective_sample_size": result.mean_effective_sample_size,
         "largest_weight": result.largest_weight,
-    }
+    } | result.bounded

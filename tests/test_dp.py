@@ -71,7 +71,7 @@ def test_without_sampling_epsilon_is_exact() -> None:
     assert both == pytest.approx(gaussian_epsilon(2.4, 1e-5), rel=1e-8)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(st.floats(0.3, 20), st.floats(0.001, 1), st.integers(1, 50), st.floats(1e-8, 0.1))
 def test_less_noise_more_rounds_more_clients_more_epsilon(noise: float, rate: float, times: int, delta: float) -> None:
     epsilon = epsilon_of([Release(noise, rate, times)], delta)

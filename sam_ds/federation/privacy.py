@@ -7,8 +7,8 @@ sees all it is sent, and so does whoever reads its folder. In a round it release
 
     sum over the clients drawn of c_i + sigma S N(0, I),     c_i = clip_S((w_i / p_{i,u} delta_{i,u}) for all u)
 
-with w_i = |D_i| / sum_j |D_j|, u over the units that i sent, clip_S(v) = v min(1, S / |v|), and |v| the L2 norm over all
-units together. What one client changes is c_i, so the sensitivity is S:
+with w_i = |D_i| / sum_j |D_j|, u over the units that i sent, clip_S(v) = v min(1, S / |v|), and |v| the L2 norm over
+all units together. What one client changes is c_i, so the sensitivity is S:
 
 - The clip comes after the weight. Before it, the sensitivity would be S max w_i / p_{i,u}, which no client bounds: an
   expert that is rarely held counts manifold, and p follows from the client's own text.

@@ -215,7 +215,8 @@ class SamStrategy(Strategy):
             # Those who were drawn but did not answer: the share that did estimates p_answer (design 8).
             for delta in deltas.values():
                 delta *= selected / valid
-        rate = section.clients_per_round / section.clients if section.sampling == "poisson" else 1.0
+        drawn_from = np.count_nonzero(state.examples)
+        rate = min(1.0, section.clients_per_round / drawn_from) if section.sampling == "poisson" else 1.0
         note_release(state.released, "weights", section.dp_noise, rate)
         state.units, state.moments = ServerOptimizer(rule).step(state.units, deltas, state.moments)
         state.used += counters["used"]
@@ -249,10 +250,9 @@ class SamStrategy(Strategy):
             if time.monotonic() > deadline:
                 raise InputError(f"federation.clients is {wanted}, but only {len(nodes)} nodes are connected")
             time.sleep(1.0)
-        contents = [
-            RecordDict({"task": ConfigRecord({"tiers": server.tiers, "trains": server.trains})}) for _ in nodes
-        ]
-        messages = [Message(content, node, "query") for content, node in zip(contents, nodes, strict=True)]
+        # One for all: it holds every client's tier.
+        task = ConfigRecord({"tiers": server.tiers, "trains": server.trains})
+        messages = [Message(RecordDict({"task": task}), node, "query") for node in nodes]
         fresh = not server.state.examples.any()
         replies = tqdm(
             self._pull(grid, messages, timeout), desc="register", unit="client", total=len(messages), leave=False

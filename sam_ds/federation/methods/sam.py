@@ -44,34 +44,37 @@ def _plan(server: Server, round_: int) -> Planned:
     plan = plan_round(
         seed, round_, members, {name: [tier.experts] * layers for name, tier in config.tiers.items()},
         layers=layers, num_experts=num_experts, roots=config.sam.roots, per_round=section.clients_per_round,
-        scheme=section.sampling, floor=section.floor_in_force, scores_NLE=scores_of(server, graphs),
+        scheme=section.sampling, floor=section.floor_in_force, scores=scores_of(server, graphs),
         sends={name: tier.sends for name, tier in config.tiers.items() if tier.sends},
     )  # fmt: skip
     return Planned(plan=plan, graphs=graphs, conditions=conditions)
 
 
-def scores_of(server: Server, graphs: Mapping[int, NDArray[np.bool_]]) -> NDArray[np.float64]:
-    """(N, L, E) what `federation.score` draws the experts of clients by; of "reach" only for those with a graph."""
+def scores_of(server: Server, graphs: Mapping[int, NDArray[np.bool_]]) -> dict[int, NDArray[np.float64]]:
+    """Client -> (L, E) what `federation.score` draws its experts by, of the clients with a graph."""
     section, state, roots = server.config.federation, server.state, server.config.sam.roots
-    rates_NLE = state.rates.astype(np.float64)
-    scores_NLE = np.zeros_like(rates_NLE)
+    drawn = list(graphs)
+    rates_KLE = state.rates[drawn].astype(np.float64)
+    scores_KLE = np.zeros_like(rates_KLE)
     match section.score:
         case "usage":
-            scores_NLE = rates_NLE
+            scores_KLE = rates_KLE
         case "reach":
-            for client, graph_LEE in graphs.items():
+            for row, graph_LEE in enumerate(graphs.values()):
                 for layer, mask_EE in enumerate(graph_LEE):
-                    scores_NLE[client, layer] = reach_mass(mask_EE, rates_NLE[client, layer], roots)
+                    scores_KLE[row, layer] = reach_mass(mask_EE, rates_KLE[row, layer], roots)
         case "fitness":
-            scores_NLE = desirability(
-                state.fitness, state.load, roots=roots, fitness_weight=section.fitness_weight,
+            scores_KLE = desirability(
+                state.fitness[drawn], state.load, roots=roots, fitness_weight=section.fitness_weight,
                 load_weight=section.load_weight,
             )  # fmt: skip
         case "greedy":
-            scores_NLE = greedy(state.fitness, [server.config.tiers[tier].experts for tier in server.tiers], roots)
+            budgets = [server.config.tiers[server.tiers[client]].experts for client in drawn]
+            scores_KLE = greedy(state.fitness[drawn], budgets, roots)
         case "anchors":
-            scores_NLE = np.where(anchored(rates_NLE, roots), np.inf, rates_NLE)
-    return scores_NLE
+            # The one score of a client that depends on all the others.
+            scores_KLE = np.where(anchored(state.rates.astype(np.float64), roots)[drawn], np.inf, rates_KLE)
+    return dict(zip(drawn, scores_KLE, strict=True))
 
 
 def condition_of(server: Server, client: int) -> NDArray[np.float32]:

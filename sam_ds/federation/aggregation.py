@@ -29,7 +29,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import get_blas_funcs
+from scipy.linalg.blas import daxpy, saxpy
 
 from sam_ds.errors import InputError, nearest
 
@@ -154,8 +154,8 @@ class _Sum:
 
     def add(self, delta: NDArray[Any], factor: float, scale: float) -> None:
         if delta.size:
-            # One pass over memory, with no array in between.
-            axpy = get_blas_funcs("axpy", dtype=self.weighted.dtype)
+            # One pass over memory, in place, with no array in between.
+            axpy = saxpy if self.weighted.dtype == np.float32 else daxpy
             axpy(delta.reshape(-1), self.weighted, a=factor * scale)
         self.weight += factor
         self.squared += factor * factor

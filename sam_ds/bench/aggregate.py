@@ -68,8 +68,11 @@ def fold(replies: Replies, count: int) -> Aggregated[Unit]:
     aggregator: Aggregator[Unit] = Aggregator(AggregationConfig(), total_weight=float(count))
     for number in range(count):
         turn = number % len(replies.blobs)
-        deltas = decode_units(replies.blobs[turn], expected=replies.shapes[turn], base_round=1)
-        aggregator.add(deltas, weight=1.0, probability=lambda unit: 0.5)
+        # No name: one reply has to go before the next is decoded.
+        aggregator.add(
+            decode_units(replies.blobs[turn], expected=replies.shapes[turn], base_round=1), weight=1.0,
+            probability=lambda unit: 0.5,
+        )  # fmt: skip
     return aggregator.result()
 
 

@@ -154,6 +154,15 @@ def test_one_client_changes_the_sum_by_at_most_the_bound(given_, bound: float, r
     assert whole.bounded["clipped"] == np.mean([length > bound for length in lengths])
 
 
+def test_the_bound_holds_in_float32_of_what_is_huge() -> None:
+    huge = np.full(1000, 3e38, np.float32)
+    for first in (huge, np.zeros(1000, np.float32)):
+        found = summed([({"a": first}, 250.0, {"a": 0.5}), ({"a": huge}, 250.0, {"a": 0.01})], 0.5, "ht").deltas["a"]
+        clients = 1 if first is not huge else 2
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, clients * 0.5 / math.sqrt(1000), rtol=1e-5)
+
+
 def test_noise_is_normal_on_every_coordinate_of_every_unit() -> None:
     units = {"held": np.zeros((300, 250), np.float32), "nobody's": np.zeros((1 << 16) + 5, np.float32),
              "one": np.zeros((), np.float32)}  # fmt: skip

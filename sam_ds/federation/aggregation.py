@@ -152,11 +152,11 @@ class _Sum:
     squared: float
     count: int = 1
 
-    def add(self, delta: NDArray[Any], factor: float, scale: float) -> None:
+    def add(self, delta: NDArray[Any], factor: float) -> None:
         if delta.size:
             # One pass over memory, in place, with no array in between.
             axpy = saxpy if self.weighted.dtype == np.float32 else daxpy
-            axpy(delta.reshape(-1), self.weighted, a=factor * scale)
+            axpy(delta.reshape(-1), self.weighted, a=factor)
         self.weight += factor
         self.squared += factor * factor
         self.count += 1
@@ -207,13 +207,15 @@ class Aggregator(Generic[U]):
             self._norms.append(math.sqrt(math.fsum(squares)))
             scale = min(1.0, self._config.contribution / max(self._norms[-1], 1e-300))
         for unit, delta in deltas.items():
-            factor = share * inverse[unit]
+            factor, dtype = share * inverse[unit], np.result_type(delta.dtype, np.float32)
+            if scale < 1:
+                # In float64: of a delta that is huge the bound must hold too.
+                delta = np.multiply(delta, scale, dtype=np.float64)
             if unit in self._sums:
-                self._sums[unit].add(delta, factor, scale)
+                self._sums[unit].add(delta, factor)
             else:
-                dtype = np.result_type(delta.dtype, np.float32)
-                scaled = np.multiply(delta, factor * scale, dtype=dtype).reshape(-1)
-                self._sums[unit] = _Sum(scaled, delta.shape, factor, factor * factor)
+                first = np.multiply(delta, factor).astype(dtype, copy=False).reshape(-1)
+                self._sums[unit] = _Sum(first, delta.shape, factor, factor * factor)
             self._largest = max(self._largest, inverse[unit])
 
     def result(self) -> Aggregated[U]:

@@ -13,9 +13,10 @@ all units together. What one client changes is c_i, so the sensitivity is S:
 - The clip comes after the weight. Before it, the sensitivity would be S max w_i / p_{i,u}, which no client bounds: an
   expert that is rarely held counts manifold, and p follows from the client's own text.
 - Nobody else's c_j may move with the answers of i. sum_j |D_j| is fixed, and p_j is of j's registration and of what was
-  released before. So no mean by weights of the replies (`hajek`, `none`; `fedavg` and `fedit` become sums of p = pi, as
-  McMahan et al., 1710.06963, f tilde_f), no norms of others (`robust`), no scores by what others held or who else there
-  is (`fitness`, `anchors`). A client that fails counts as zeros: nothing is scaled up for it.
+  released before; what i registers with moves p_i alone, and so c_i. So no mean by weights of the replies (`hajek`,
+  `none`; `fedavg` and `fedit` become sums with p = pi, the first estimator of McMahan et al., 1710.06963), no norms of
+  others (`robust`), no scores by what others held or who else there is (`fitness`, `anchors`). A client that fails
+  counts as zeros: nothing is scaled up for it.
 - Noise is on every coordinate of every unit that trains. An expert that stays as it is would tell that nobody who was
   drawn held it, and what a client holds follows from its text.
 - The draw of a "poisson" round amplifies: a client is in it with q = K / N on its own. For exactly K of N the bound of

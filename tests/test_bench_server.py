@@ -75,7 +75,7 @@ def test_a_virtual_grid_is_answered_like_a_real_one(tiny, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_scale_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "scale", "--cases", "40:4,80:4,80:8", "--rounds", "3", "--json"]) == 0
+    assert main(["bench", "scale", "--cases", "40:4,80:4,80:8", "--rounds", "4", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["clients"], row["drawn"]) for row in result["rows"]] == [(40, 4), (80, 4), (80, 8)]
     assert [row["clients"] for row in result["extrapolated"]] == [10**3, 10**4, 10**5, 10**6]

@@ -2,7 +2,7 @@
 
 Each reply holds some experts of every layer; a kind of reply is how its values travel, or what they look like: `rows`
 has a quarter of its rows, `lora` is of low-rank slices, which are many small units. The peer adds the values that are
-not zero, a reply at a time, to one vector. Time per value is in nanoseconds.
+not zero, a reply at a time, to one vector. Seconds are the processor's, of all threads; nanoseconds are a value's.
 
 Memory is what Python and numpy allocate at the height of decoding and folding, beyond the encoded replies: over the sum
 of one model and one decoded reply, in float32.
@@ -11,6 +11,7 @@ of one model and one decoded reply, in float32.
 from __future__ import annotations
 
 import argparse
+import time
 import tracemalloc
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,9 @@ def _measured(kind: str, options: argparse.Namespace) -> dict[str, Any]:
             own = values[turn % len(values)]
             out[: len(own)].add_(own)
 
-    timed = interleave({"ours": ours, "fold": fold_only, "add_": peer}, rounds=options.rounds)
+    timed = interleave(
+        {"ours": ours, "fold": fold_only, "add_": peer}, rounds=options.rounds, clock=time.process_time
+    )
     added = count * float(np.mean(replies.nonzero))
     reply_bytes = max(sum(delta.nbytes for delta in reply.values()) for reply in decoded)
     return {

@@ -1,8 +1,8 @@
 """A Flower grid of any number of clients that train nothing: what is left of a round's time is the server's.
 
 Its clients register with made-up scores and answer a task with Gaussian deltas of the shapes that they were sent, which
-are encoded once a round for each shape. `seconds` is the time that the grid itself took; `registration` what the server
-took from asking for the nodes to the last registration that it was handed, `asked` the bytes of its question.
+are encoded once a round for each shape. `seconds` is the processor's time that the grid itself took; `registration` is
+what the server took from asking for the nodes to the last registration, `asked` the bytes of its question.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class VirtualGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        self._began = self._began or time.perf_counter()
+        self._began = self._began or time.process_time()
         return range(1, self.clients + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        began = time.perf_counter()
+        began = time.process_time()
         identities = []
         for message in messages:
             identity = str(self._pushed)
@@ -71,16 +71,16 @@ class VirtualGrid(Grid):
             message.metadata.__dict__["_message_id"] = identity
             self._waiting[identity] = message
             identities.append(identity)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.process_time() - began
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        began = time.perf_counter()
+        began = time.process_time()
         asked = list(islice((identity for identity in self._waiting if identity in message_ids), _AT_ONCE))
         replies = [self._reply(self._waiting.pop(identity)) for identity in asked]
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.process_time() - began
         if replies and not self.registration and not self._waiting:
-            self.registration = time.perf_counter() - self._began - self.seconds
+            self.registration = time.process_time() - self._began - self.seconds
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

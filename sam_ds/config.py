@@ -93,6 +93,9 @@ class FederationSection(Checked):
     shift_round: Natural = 0  # from this round on a client has the documents of the next one; 0 = never
     edit_noise: NonNegative = 0.0  # on the counters, in units of what one client can change in a period; 0 = none
     edit_clip: Positive = 16.0  # with noise: L2 norm of a client's counters, over a round's tokens; 8 sqrt(L) is usual
+    dp_noise: NonNegative = 0.0  # on the weights' updates, in units of dp_clip; 0 = none (federation/privacy.py)
+    dp_clip: Positive = 1.0  # with noise: L2 norm of what one client adds to a round's update, its weight included
+    dp_delta: Annotated[float, Interval(0, 1, "()")] = 1e-5  # at which epsilon is given; below 1 / clients
     void_retries: Natural = 2  # repeats of a round in which nobody answered, before the run stops
     timeout_seconds: Positive = 3600.0  # from the start of a round, for registration and for tiers that do not say
     min_clients: Natural = 0  # that must register for the run to begin; 0 = clients_per_round
@@ -223,6 +226,7 @@ class RunConfig(Checked):
         if federation.refit_standins and sam.standin == "none":
             raise InputError("federation.refit_standins = true, but sam.standin = 'none' has nothing to fit: give "
                              "false, or stand-ins 'mean' or 'linear'")
+        self._check_privacy()
         free = sam.num_experts - sam.roots
         if federation.edges < free:
             raise InputError(f"federation.edges must be at least sam.num_experts - sam.roots = {free}, got "
@@ -260,6 +264,33 @@ class RunConfig(Checked):
             for what, whole in (("train.batch", self.train.batch), ("the largest worker group", self.pod)):
                 if whole % ranks:
                     raise InputError(f"{key} = {ranks} does not divide {what} = {whole}: give a divisor of it")
+
+    def _check_privacy(self) -> None:
+        """Refuse what would make the epsilon of `federation.dp_noise` void, and a delta that promises nothing."""
+        section, sparse = self.federation, self.method == "sam"
+        noised = [name for name in ("dp_noise", "edit_noise") if getattr(section, name)]
+        if noised and section.dp_delta * section.clients >= 1:
+            raise InputError(f"federation.dp_delta = {section.dp_delta:g} must be below 1 / federation.clients = "
+                             f"{1 / section.clients:g}: at more, telling all of one client is allowed")
+        if not section.dp_noise:
+            return
+        for void, setting, remedy in (
+            (self.method in ("local", "central"), f"method = {self.method!r}",
+             "it averages nothing over clients; take another method"),
+            (sparse and section.aggregation not in ("ht", "clipped"), f"federation.aggregation = "
+             f"{section.aggregation!r}", "it divides by weights that the replies decide; take 'ht' or 'clipped'"),
+            (section.robust != "none", f"federation.robust = {section.robust!r}",
+             "what one client sends moves what the others add; give 'none', dp_clip bounds each already"),
+            (sparse and section.score in ("fitness", "anchors"), f"federation.score = {section.score!r}",
+             "what one client holds would follow from the others; take 'uniform', 'usage', 'reach' or 'greedy'"),
+            (sparse and section.max_edits > 0 and not section.edit_noise,
+             f"federation.max_edits = {section.max_edits} and federation.edit_noise = 0",
+             "the graph would tell the counters; give edit_noise, or max_edits = 0"),
+            (section.shift_round > 0, f"federation.shift_round = {section.shift_round}",
+             "a client's documents would be behind two clients; give 0"),
+        ):  # fmt: skip
+            if void:
+                raise InputError(f"federation.dp_noise = {section.dp_noise:g} does not go with {setting}: {remedy}")
 
     @property
     def subsets(self) -> bool:

@@ -51,7 +51,7 @@ def assert_equal_states(one: Any, other: Any) -> None:
     assert one.round == other.round
     assert one.losses == other.losses and one.gamma == other.gamma
     assert one.edits == other.edits
-    assert one.downloads == other.downloads and one.factor_seed == other.factor_seed
+    assert one.released == other.released and one.downloads == other.downloads and one.factor_seed == other.factor_seed
     for name in ("graph", "scores", "rates", "examples", "fitness", "load", "used", "offered", "together",
                  "used_total", "ever_held"):  # fmt: skip
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)

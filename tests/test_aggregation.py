@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_replies():
     for _ in range(50):
         aggregator.add({"a": sent}, weight=1, probability=lambda _: 1.0)
     sums = list(aggregator._sums.values())
-    assert sum(s.weighted.nbytes for s in sums) == 8000
+    assert sum(s.weighted.nbytes for s in sums) == sent.nbytes
     assert aggregator.result().received == {"a": 50}
     assert (sent == 1).all()
 
@@ -262,6 +262,9 @@ def test_bad_values_are_refused():
         {"beta_2": 1.0},
         {"tau": 0.0},
         {"server_momentum": -0.1},
+        {"contribution": 0.0},
+        {"contribution": 1.0, "rule": "hajek"},
+        {"contribution": 1.0, "robust": "norm_clip"},
     ):
         with pytest.raises(InputError, match=next(iter(wrong))):
             AggregationConfig(**wrong)
@@ -270,8 +273,6 @@ def test_bad_values_are_refused():
     aggregator = Aggregator(AggregationConfig(), total_weight=1)
     with pytest.raises(InputError, match="weight is 0"):
         aggregator.add({}, weight=0, probability=lambda _: 1.0)
-    with pytest.raises(AssertionError, match="not finite"):
-        aggregator.add({"a": np.array([math.nan])}, weight=1, probability=lambda _: 1.0)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "yogi"])

@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ["data", "graph", "wire", "discovery", "experts", "evaluation", "clients", "federation", "bench", "commands"]
 COMMON = {"errors", "tables", "checked", "config"}  # below every room; they import no room
 PURE = ["sam_ds/graph", "sam_ds/wire", "sam_ds/federation/participation.py", "sam_ds/federation/scores.py",
-        "sam_ds/federation/aggregation.py", "sam_ds/federation/robust.py"]
-EDGES = ["sam_ds/federation", "sam_ds/bench/hostile.py", "sam_ds/bench/in_process.py",
-         "sam_ds/bench/tampering.py", "sam_ds/cli.py", "sam_ds/__main__.py", "launch"]  # may know Flower
+        "sam_ds/federation/aggregation.py", "sam_ds/federation/robust.py", "sam_ds/federation/accountant.py",
+        "sam_ds/federation/privacy.py"]
+EDGES = ["sam_ds/federation", "sam_ds/bench/hostile.py", "sam_ds/bench/in_process.py", "sam_ds/bench/tampering.py",
+         "sam_ds/bench/virtual_grid.py", "sam_ds/cli.py", "sam_ds/__main__.py", "launch"]  # may know Flower
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:

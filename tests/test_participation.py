@@ -229,7 +229,7 @@ BUDGETS = {"small": (2, 3), "large": (4, 4)}
 
 def make_plan(r, population=POPULATION, scores=None, **changes):
     arguments = {"layers": 2, "num_experts": 6, "roots": 1, "per_round": 3} | changes
-    return plan_round(7, r, population, BUDGETS, scores_NLE=scores, **arguments)
+    return plan_round(7, r, population, BUDGETS, scores=scores, **arguments)
 
 
 def as_value(plan):
@@ -237,12 +237,12 @@ def as_value(plan):
 
 
 def test_plan_is_pure_and_does_not_depend_on_the_order_of_the_population():
-    scores = np.random.default_rng(1).random((4, 2, 6))
+    scores = {m.client: np.random.default_rng(m.client).random((2, 6)) for m in POPULATION}
     alone = as_value(make_plan(9, scores=scores))
     for r in range(9):
         make_plan(r, scores=scores)
     assert as_value(make_plan(9, scores=scores)) == alone
-    assert as_value(make_plan(9, population=POPULATION[::-1], scores=scores[::-1])) == alone
+    assert as_value(make_plan(9, population=POPULATION[::-1], scores=scores)) == alone
     assert as_value(make_plan(8, scores=scores)) != alone
 
 
@@ -278,9 +278,17 @@ def test_every_draw_has_its_own_generator(monkeypatch):
     assert len(states) == 15 * (1 + 3 * 2) == len(set(states))
 
 
+def test_plan_asks_for_the_scores_of_who_is_drawn_alone():
+    drawn, _ = sample_clients(7, 9, tiers=[m.tier for m in sorted(POPULATION, key=lambda m: m.client)], per_round=2,
+                              scheme="without_replacement")  # fmt: skip
+    ids = [sorted(m.client for m in POPULATION)[position] for position in drawn]
+    scores = {client: np.random.default_rng(client).random((2, 6)) for client in ids}
+    assert [c.client for c in make_plan(9, per_round=2, scores=scores).clients] == ids
+
+
 def test_plan_follows_scores_of_the_right_client():
-    scores = np.zeros((4, 2, 6))
-    scores[2, :, 5] = 1.0
+    scores = {m.client: np.zeros((2, 6)) for m in POPULATION}
+    scores[20][:, 5] = 1.0
     plan = make_plan(1, scores=scores, per_round=4, floor=0.0)
     h = {c.client: c.h for c in plan.clients}
     assert h[20][0, 5] == 1 and h[30][0, 5] == pytest.approx(0.2)
@@ -290,7 +298,8 @@ def test_plan_follows_scores_of_the_right_client():
     ({"population": [*POPULATION, Member(10, "small", 1)]}, "population holds a client id twice"),
     ({"population": [*POPULATION, Member(11, "smal", 1)]}, "tier 'smal' has no budget; did you mean 'small'"),
     ({"layers": 3}, r"budgets\['large'\] has 2 layers: the model has 3"),
-    ({"scores": np.zeros((4, 2, 5))}, r"scores_NLE is \(4, 2, 5\): \(clients, layers, experts\) is \(4, 2, 6\)"),
+    ({"scores": {m.client: np.zeros((2, 5)) for m in POPULATION}},
+     r"scores of client 5 are \(2, 5\): \(layers, experts\) is \(2, 6\)"),
     ({"floor": 0.9}, "floor is 0.9: must be in 0..1, and 5 experts share [13] places"),
     ({"num_experts": 3}, r"budget is 4: must be in 1\.\.3"),
     ({"roots": 3}, r"budget is 2: must be in 3\.\.6"),
@@ -309,7 +318,7 @@ def test_every_p_of_what_is_held_is_a_probability(problem, scheme, sends):
     members = [Member(i, "one", 1) for i in range(3)]
     plan = plan_round(
         0, 0, members, {"one": [budget]}, layers=1, num_experts=len(scores), roots=roots, per_round=2, scheme=scheme,
-        floor=floor, scores_NLE=np.tile(scores, (3, 1, 1)), sends={"one": sends},
+        floor=floor, scores={i: scores[None] for i in range(3)}, sends={"one": sends},
     )  # fmt: skip
     for client in plan.clients:
         assert all(0 < client.probability(0, e) <= 1 for e in client.experts[0])

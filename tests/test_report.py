@@ -151,7 +151,7 @@ def test_every_section_is_there_and_linked(tmp_path: Path) -> None:
     assert page.headings == [
         "Headline", "Perplexity before and after", "Perplexity over the run", "Expert graph", "Edge usage",
         "Topology edits and bounds", "Bytes", "Time", "Client compute", "Clients and tiers",
-        "Rejected replies", "Warnings", "Data", "Configuration",
+        "Rejected replies", "Warnings", "Privacy", "Data", "Configuration",
     ]  # fmt: skip
     anchors = re.findall(r'<section id="([^"]+)"', text)
     assert [reference[1:] for reference in page.references] == anchors and len(set(anchors)) == len(anchors)
@@ -177,15 +177,13 @@ def test_faults_are_counted_by_reason(tmp_path: Path) -> None:
     late = {"kind": "refused", "round": 3, "node": 4711, "client": None, "reason": "late", "detail": "given up"}
     records[-1:-1] = [late, late | {"client": 2}, late | {"reason": HOSTILE}]
     rounds = [record for record in records if record["kind"] == "round"]
-    rounds[2]["epsilon"] = {"delta": 1e-5, "period": 2.5, "run": 2.5}
-    rounds[3] |= {"epsilon": {"delta": 1e-5, "period": 2.5, "run": 3.75}, "void": 2}
+    rounds[3]["void"] = 2
     text, page = _page(tmp_path, records)
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
     assert ["corrupt", "3", "3", "client 2"] in cells and ["late", "2", "1", "node 4711, client 2"] in cells
     assert ["3", "4711", "2", "late", "given up"] in cells and "<script" not in text
     words = " ".join(page.words)
     assert f"few decide {HOSTILE}" in words and "Round 3 was void, without a valid answer, 2 times" in words
-    assert "private to epsilon 2.5 in a period, 3.75 over the 2 so far, at delta 1e-05" in words
 
 
 def test_a_run_without_faults_says_so(tmp_path: Path) -> None:
@@ -193,6 +191,17 @@ def test_a_run_without_faults_says_so(tmp_path: Path) -> None:
                for record in _records() if record.get("client") != 2]  # fmt: skip
     text = _page(tmp_path, records)[0]
     assert "none: every reply was valid" in text and '<h2>Warnings</h2><p class="none">none</p>' in text
+def test_the_privacy_of_a_run_is_of_its_last_round_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    records = _records()
+    assert "nothing is promised of a client's answers" in " ".join(_page(tmp_path, records)[1].words)
+    rounds = [record for record in records if record["kind"] == "round"]
+    for record in rounds[2:]:
+        record["epsilon"] = {"delta": 1e-5, "edits": 0.125 * record["round"]}
+    words = " ".join(_page(tmp_path, records)[1].words)
+    assert "0.375" in words and "delta 1e-05" in words and "of the run as a whole nothing is promised" in words
+    rounds[-1]["epsilon"] |= {"weights": 1.75, "run": 1.76}
+    words = " ".join(_page(tmp_path, records)[1].words)
+    assert "1.76" in words and "of the run as a whole" not in words
 
 
 def test_graphs_mark_what_was_edited(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_an_anchor_always_holds_its_expert():
     for r in range(10):
         plan = plan_round(
             0, r, members, {"one": [3, 4]}, layers=2, num_experts=6, roots=2, per_round=3, floor=0.0,
-            scores_NLE=np.where(found, np.inf, own),
+            scores=dict(enumerate(np.where(found, np.inf, own))),
         )  # fmt: skip
         for client in plan.clients:
             assert (client.h[found[client.client]] == 1).all()

@@ -158,11 +158,11 @@ def _on_host() -> bool:
 
 
 def _taken() -> int:
-    return _resident("VmRSS") if _on_host() else get_accelerator().memory_allocated()
+    return resident("VmRSS") if _on_host() else get_accelerator().memory_allocated()
 
 
 def _peak() -> int:
-    return _resident("VmHWM") if _on_host() else get_accelerator().max_memory_allocated()
+    return resident("VmHWM") if _on_host() else get_accelerator().max_memory_allocated()
 
 
 def _forget_peak() -> None:
@@ -172,7 +172,8 @@ def _forget_peak() -> None:
         get_accelerator().reset_peak_memory_stats()
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
+    """Bytes of this process: "VmRSS", or at most so far "VmHWM"."""
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found[1])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from sam_ds.bench.in_process import ClientCrash, Late, Tamper, over_the_wire
 from sam_ds.federation.messages import blob_record, blobs_of
+from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.codec import decode, encode
 
 _LENGTH_AT, _SHAPE_AT = 18, 26
@@ -126,7 +126,7 @@ def _forged(at: int, number: int) -> Callable[[NDArray[Any], int], bytes]:
     def forge(value: NDArray[Any], round_: int) -> bytes:
         blob = bytearray(encode(value, base_round=round_))
         struct.pack_into("<Q", blob, at, number)
-        struct.pack_into("<I", blob, 4, zlib.crc32(blob[8:]))
+        struct.pack_into("<I", blob, 4, crc32c(blob[8:]))
         return bytes(blob)
 
     return forge

@@ -27,6 +27,7 @@ from sam_ds.evaluation.sections import (
     data_section,
     edits_section,
     graph_section,
+    privacy_section,
     rejected_section,
     time_section,
     usage_section,
@@ -50,6 +51,7 @@ def write_report(metrics_jsonl: Path, out: Path) -> None:
         ("Clients and tiers", clients_section(records)),
         ("Rejected replies", rejected_section(records)),
         ("Warnings", warnings_section(records)),
+        ("Privacy", privacy_section(records)),
         ("Data", data_section(records)),
         ("Configuration", config_section(records)),
     ]

@@ -104,13 +104,6 @@ def edits_section(records: Records) -> str:
         text += html_note(
             f"gamma: {short(max(gammas))} nats, the largest change seen (a lower estimate of the true one)."
         )
-    if epsilons := [r["epsilon"] for r in records.rounds if r.get("epsilon")]:
-        last = epsilons[-1]
-        text += html_note(
-            f"The edits were proposed from noised counters: a client's counters are private to epsilon "
-            f"{last['period']:.3g} in a period, {last['run']:.3g} over the {len(epsilons)} so far, at delta "
-            f"{last['delta']:g}."
-        )
     bounds = records.end["bounds"] if records.end else None
     if bounds is None:
         return text + html_note("No bounds: they are estimated at the end of a run whose losses allow a fit.")
@@ -239,6 +232,18 @@ def warnings_section(records: Records) -> str:
     """What was said of the weights of the rounds."""
     rows = [[str(r["round"]), text] for r in records.rounds for text in r["warnings"]]
     return html_table(["round", "warning"], rows) if rows else '<p class="none">none</p>'
+
+
+def privacy_section(records: Records) -> str:
+    """What the noise is worth so far."""
+    epsilon = next((r["epsilon"] for r in reversed(records.rounds) if "epsilon" in r), None)
+    if epsilon is None:
+        return '<p class="none">no noise: nothing is promised of a client\'s answers</p>'
+    rows = [[part, short(value)] for part, value in epsilon.items() if part != "delta"]
+    note = f"At delta {epsilon['delta']:g}, of one client's answers in all rounds so far, from who sees what is listed."
+    if "run" not in epsilon:
+        note += " The rest left the server without noise: of the run as a whole nothing is promised."
+    return html_table(["", "epsilon"], rows) + html_note(note)
 
 
 def data_section(records: Records) -> str:

@@ -14,7 +14,7 @@ depends on everything it held. The other rules trade bias for variance:
 | `clipped` | w_i min(1 / p, clip)    | sum a delta               | where 1 / p <= clip   |
 | `none`    | |D_i|                   | sum a delta / sum a       | no                    |
 
-What guards a rule against replies that lie is in `robust.py`.
+What guards a rule against replies that lie is in `robust.py`; what noise on the sum is worth, in `privacy.py`.
 
 The server's step is FedOpt (Reddi et al., 2003.00295, algorithm 2) with its names: theta <- theta + eta m
 / (sqrt(v) + tau), v starting at tau^2 and no bias correction; `momentum` is FedAvgM (1909.06335).
@@ -22,12 +22,14 @@ The server's step is FedOpt (Reddi et al., 2003.00295, algorithm 2) with its nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import daxpy, saxpy
 
 from sam_ds.errors import InputError, nearest
 
@@ -56,6 +58,8 @@ class AggregationConfig:
     """Of `trimmed_mean`: share of the replies left out at each end of each coordinate."""
     norm_bound: float = 2.0
     """Of `norm_clip`: times the median norm of the replies."""
+    contribution: float = np.inf
+    """Largest L2 norm of what one reply adds to a sum, over all its units together and weight included."""
     server_optimizer: str = "sgd"
     """One of `SERVER_OPTIMIZERS`."""
     server_lr: float = 1.0
@@ -84,6 +88,11 @@ class AggregationConfig:
         for name, number in (("server_lr", self.server_lr), ("tau", self.tau), ("norm_bound", self.norm_bound)):
             if not 0 < number < np.inf:
                 raise InputError(f"{name} is {number}: must be positive")
+        if not self.contribution > 0:
+            raise InputError(f"contribution is {self.contribution}: must be positive")
+        if self.bounded and not (self.sums and self.robust == "none"):
+            raise InputError(f"contribution is {self.contribution}, rule {self.rule!r} and robust {self.robust!r}: "
+                             "what one reply adds is bounded only in a sum, of `ht` or `clipped`")
         for name, number in (
             ("server_momentum", self.server_momentum),
             ("beta_1", self.beta_1),
@@ -101,6 +110,11 @@ class AggregationConfig:
     def sums(self) -> bool:
         """The update is a sum, which lacks the part of whoever does not answer; the others are means."""
         return self.rule in ("ht", "clipped") and not self.replaces_rule
+
+    @property
+    def bounded(self) -> bool:
+        """A reply that adds more than `contribution` is scaled down."""
+        return self.contribution < np.inf
 
     def cut(self, replies: int) -> int:
         """How many of the replies are left out at each end: all but the middle one or two for `median`."""
@@ -123,21 +137,33 @@ class Aggregated(Generic[U]):
     """Largest 1/p that was applied (after clipping; 1 for `none`); 0 without replies."""
     received: dict[U, int]
     """Replies per unit."""
+    bounded: Mapping[str, float] = field(default_factory=dict)
+    """Of a bounded sum: the middle norm of what the replies would have added, to set the bound by ("contribution"), and
+    the share of them that was scaled down ("clipped")."""
 
 
 @dataclass(slots=True)
 class _Sum:
-    """Running sums of one unit: a delta, a, a^2."""
+    """Running sums of one unit: a delta (flat, of this shape), a, a^2."""
 
-    weighted: NDArray[np.float64]
-    dtype: np.dtype[Any]
-    weight: float = 0.0
-    squared: float = 0.0
-    count: int = 0
+    weighted: NDArray[Any]
+    shape: tuple[int, ...]
+    weight: float
+    squared: float
+    count: int = 1
+
+    def add(self, delta: NDArray[Any], factor: float) -> None:
+        if delta.size:
+            # One pass over memory, in place, with no array in between.
+            axpy = saxpy if self.weighted.dtype == np.float32 else daxpy
+            axpy(delta.reshape(-1), self.weighted, a=factor)
+        self.weight += factor
+        self.squared += factor * factor
+        self.count += 1
 
 
 class Aggregator(Generic[U]):
-    """Folds replies one at a time into one float64 sum per unit: memory does not grow with the replies.
+    """Folds replies one at a time into one sum per unit, in its own precision: memory does not grow with the replies.
 
     The result depends on the order of `add` only through rounding; fold in plan order for equal bytes.
 
@@ -156,6 +182,7 @@ class Aggregator(Generic[U]):
         self._total_weight = total_weight
         self._sums: dict[U, _Sum] = {}
         self._largest = 0.0
+        self._norms: list[float] = []
 
     def add(
         self, deltas: Mapping[U, NDArray[Any]], *, weight: float, probability: Callable[[U], float]
@@ -163,8 +190,8 @@ class Aggregator(Generic[U]):
         """Folds the reply of one client; all of it or, on an error, nothing.
 
         Args:
-            deltas: unit -> after local training minus what was sent, finite; zeros for what was held but
-            not used. weight: |D_i|.
+            deltas: unit -> after local training minus what was sent, finite (`wire.payload.decode_units` accepts
+            nothing else); zeros for what was held but not used. weight: |D_i|.
             probability: p of a unit of this client; not called by the rule `none`.
 
         Raises:
@@ -173,33 +200,51 @@ class Aggregator(Generic[U]):
         inverse = check_reply(self._config, deltas, weight=weight, probability=probability)
         for unit, delta in deltas.items():
             known = self._sums.get(unit)
-            assert known is None or known.weighted.shape == delta.shape, f"shape of {unit}"
+            assert known is None or known.shape == delta.shape, f"shape of {unit}"
+        share, scale = weight / self._total_weight, 1.0
+        if self._config.bounded:
+            squares = (_square(delta) * (share * inverse[unit]) ** 2 for unit, delta in deltas.items())
+            self._norms.append(math.sqrt(math.fsum(squares)))
+            scale = min(1.0, self._config.contribution / max(self._norms[-1], 1e-300))
         for unit, delta in deltas.items():
-            if unit not in self._sums:
-                self._sums[unit] = _Sum(np.zeros(delta.shape), np.result_type(delta.dtype, np.float32))
-            total = self._sums[unit]
-            factor = weight / self._total_weight * inverse[unit]
-            total.weighted += np.multiply(delta, factor, dtype=np.float64)
-            total.weight += factor
-            total.squared += factor * factor
-            total.count += 1
+            factor, dtype = share * inverse[unit], np.result_type(delta.dtype, np.float32)
+            if scale < 1:
+                # In float64: of a delta that is huge the bound must hold too.
+                delta = np.multiply(delta, scale, dtype=np.float64)
+            if unit in self._sums:
+                self._sums[unit].add(delta, factor)
+            else:
+                first = np.multiply(delta, factor).astype(dtype, copy=False).reshape(-1)
+                self._sums[unit] = _Sum(first, delta.shape, factor, factor * factor)
             self._largest = max(self._largest, inverse[unit])
 
     def result(self) -> Aggregated[U]:
-        """The update of everything folded so far."""
+        """The update of everything folded; the last call, for the sums themselves become the update."""
         sizes = [total.weight**2 / total.squared for total in self._sums.values()]
+        if not self._config.sums:
+            for total in self._sums.values():
+                total.weighted /= total.weight
         return Aggregated(
-            deltas={
-                unit: np.asarray(
-                    total.weighted / (1.0 if self._config.sums else total.weight), dtype=total.dtype
-                )
-                for unit, total in self._sums.items()
-            },
+            deltas={unit: total.weighted.reshape(total.shape) for unit, total in self._sums.items()},
             effective_sample_size=min(sizes, default=0.0),
             mean_effective_sample_size=sum(sizes) / max(len(sizes), 1),
             largest_weight=self._largest,
             received={unit: total.count for unit, total in self._sums.items()},
+            bounded=self._bounded(),
         )
+
+    def _bounded(self) -> dict[str, float]:
+        if not self._norms:
+            return {}
+        norms = np.array(self._norms)
+        clipped = norms > self._config.contribution
+        return {"contribution": float(np.median(norms)), "clipped": float(clipped.mean())}
+
+
+def _square(delta: NDArray[Any]) -> float:
+    """The squared L2 norm, summed in float64."""
+    exact = delta.reshape(-1).astype(np.float64)
+    return float(exact @ exact)
 
 
 def check_reply(
@@ -208,8 +253,6 @@ def check_reply(
     """The 1/p that the rule applies to each unit of a reply (1 for `none`). Raises as `Aggregator.add` does."""
     if not 0 < weight < np.inf:
         raise InputError(f"weight is {weight}: must be the client's number of examples, > 0")
-    for unit, delta in deltas.items():
-        assert np.isfinite(delta).all(), f"delta of {unit} is not finite: reject the reply before folding"
     if config.rule == "none":
         return dict.fromkeys(deltas, 1.0)
     inverse = {}

@@ -18,6 +18,7 @@ from sam_ds.federation.aggregation import Aggregated, ServerOptimizer
 from sam_ds.federation.messages import blobs_of, counters_of, reply_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.participation import ClientPlan
+from sam_ds.federation.privacy import noised, note_release
 from sam_ds.federation.robust import new_aggregator
 from sam_ds.federation.scores import heard, load_shares, running_mean
 from sam_ds.federation.server import Server
@@ -86,11 +87,16 @@ class Folding:
         """Take the server's step with what was added; the update, and what the round's record says of it."""
         server, state, clients = self._server, self._server.state, self._planned.plan.clients
         result = self._aggregator.result()
-        selected, deltas = len(clients), result.deltas
-        if self.answers < selected and self.rule.sums:
+        selected, deltas, section = len(clients), result.deltas, server.config.federation
+        if self.rule.bounded:
+            deltas = noised(deltas, state.units, section.dp_noise * section.dp_clip)
+        elif self.answers < selected and self.rule.sums:
             # Those who were drawn but did not answer: the share that did estimates p_answer (design 8).
-            scale = selected / self.answers
-            deltas = {unit: (delta * scale).astype(delta.dtype) for unit, delta in deltas.items()}
+            for delta in deltas.values():
+                delta *= selected / self.answers
+        drawn_from = np.count_nonzero(state.examples)
+        rate = min(1.0, section.clients_per_round / drawn_from) if section.sampling == "poisson" else 1.0
+        note_release(state.released, "weights", section.dp_noise, rate)
         state.units, state.moments = ServerOptimizer(self.rule).step(state.units, deltas, state.moments)
         for name in ("used", "offered", "together"):
             getattr(state, name)[:] += self._counters[name]
@@ -103,7 +109,7 @@ class Folding:
             "effective_sample_size": result.effective_sample_size,
             "mean_effective_sample_size": result.mean_effective_sample_size,
             "largest_weight": result.largest_weight, "p_answer": self.answers / max(selected, 1),
-            "answers": self.answers,
+            "answers": self.answers, **result.bounded,
         }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def plan_round(
     per_round: int,
     scheme: str = "without_replacement",
     floor: float = 0.05,
-    scores_NLE: NDArray[np.float64] | None = None,
+    scores: Mapping[int, NDArray[np.float64]] | None = None,
     sends: Mapping[str, int] | None = None,
 ) -> RoundPlan:
     """The plan of a round; the same arguments give the same plan, whatever was planned before.
@@ -120,7 +120,8 @@ def plan_round(
         per_round: K, clients drawn a round (for "poisson": on average; a round may then draw none).
         scheme: one of `SCHEMES`.
         floor: the least h of an expert.
-        scores_NLE: scores >= 0 of the experts, row i for population[i], inf for h = 1; None makes h uniform.
+        scores: client -> (L, E) scores >= 0 of the experts, inf for h = 1, of all clients that are drawn (others are
+            not looked at: `sample_clients` tells); None makes h uniform.
         sends: tier -> experts a client sends in each layer; a tier that is absent sends all it holds.
 
     Raises:
@@ -135,25 +136,23 @@ def plan_round(
             raise InputError(f"budgets[{tier!r}] has {len(budgets[tier])} layers: the model has {layers}")
         if (sends or {}).get(tier, 1) < 1:
             raise InputError(f"sends[{tier!r}] is {(sends or {})[tier]}: must be at least 1, or absent to send all")
-    shape = (len(population), layers, num_experts)
-    if scores_NLE is None:
-        scores_NLE = np.zeros(shape)
-    elif scores_NLE.shape != shape:
-        raise InputError(f"scores_NLE is {scores_NLE.shape}: (clients, layers, experts) is {shape}")
 
     order = sorted(range(len(population)), key=lambda row: population[row].client)
     tiers = [population[row].tier for row in order]
     drawn, pi_N = sample_clients(seed, round, tiers=tiers, per_round=per_round, scheme=scheme)
     plans = []
     for position in drawn:
-        row = order[position]
-        member = population[row]
+        member = population[order[position]]
         budget_L = budgets[member.tier]
+        scores_LE = np.zeros((layers, num_experts)) if scores is None else scores[member.client]
+        if scores_LE.shape != (layers, num_experts):
+            raise InputError(f"scores of client {member.client} are {scores_LE.shape}: (layers, experts) is "
+                             f"{(layers, num_experts)}")  # fmt: skip
         h_LE = np.empty((layers, num_experts))
         experts, sent = [], []
         for layer in range(layers):
             h_LE[layer] = inclusion_probabilities(
-                scores_NLE[row, layer], budget=budget_L[layer], roots=roots, floor=floor
+                scores_LE[layer], budget=budget_L[layer], roots=roots, floor=floor
             )
             rng = np.random.default_rng([_EXPERTS, seed, round, member.client, layer])
             held = sample_experts(h_LE[layer], rng)

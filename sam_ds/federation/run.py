@@ -17,6 +17,7 @@ from sam_ds.data.batches import pack
 from sam_ds.evaluation.report import summary_table, write_report
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.metrics import MetricsLog, read_records
+from sam_ds.federation.privacy import spent
 from sam_ds.federation.server import Server
 from sam_ds.federation.setup import check_model, clients_of, corpus_of, prepare_base, write_config
 from sam_ds.federation.state import checkpoints, load_checkpoint
@@ -124,6 +125,7 @@ def _end_record(
         "orchestration_share": sum(r["orchestration_seconds"] for r in rounds) / wall if wall else 0.0,
         "bytes_base": (server.state.downloads + int(server.state.ever_held.sum())) * server.base_expert_bytes()
         + (len(took) - first) * server.attention_bytes + first * server.factor_bytes,
+        "epsilon": spent(server.state.released, server.config.federation.dp_delta),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ The server has all experts. Its model is the converted model, with low-rank rows
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,11 @@ class Server:
     def per_round(self) -> int:
         """How many of them are drawn a round."""
         return min(self.config.federation.clients_per_round, int(np.count_nonzero(self.state.examples)))
+
+    def draw_seed(self) -> int:
+        """What a round's clients and noise are drawn from: the run's seed, or a secret where the run promises privacy
+        (`privacy.py`)."""
+        return secrets.randbits(128) if self.config.federation.dp_noise else self.config.seed
 
     def holder(self, client: int, round_: int) -> int:
         """Whose documents a client has in a round."""

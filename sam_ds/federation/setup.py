@@ -80,6 +80,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
     calibration = torch.from_numpy(calibration_rows(config, corpus, tokenizer))
     get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
     # After the last check: a start that is refused leaves the folder as it was.
+    run.mkdir(parents=True, exist_ok=True)
     hold(run)
     with writing(base):
         made = unfinished(base)

@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from sam_ds.errors import InputError, RunStopped
+from sam_ds.federation.privacy import Released
 from sam_ds.graph.editlog import EditLog
 from sam_ds.wire.payload import Unit, parse_unit, unit_name
 
 _VERSION = 3
 _ARRAYS = ("graph", "scores", "rates", "examples", "fitness", "load", "used", "offered", "together", "used_total",
            "ever_held")  # fmt: skip
-_SCALARS = ("round", "losses", "gamma", "downloads", "factor_seed")
+_SCALARS = ("round", "losses", "gamma", "downloads", "factor_seed", "released")
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,8 @@ class ServerState:
     """Validation loss after each round, round 0 first; nats a token."""
     gamma: float = 0.0
     """Largest change of the loss that one edit has made so far."""
+    released: Released = field(default_factory=dict)
+    """What has left the server, with which noise."""
 
 
 def save_checkpoint(state: ServerState, folder: Path, *, keep: int) -> Path:

@@ -30,6 +30,7 @@ from sam_ds.federation.messages import count_bytes, task_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
+from sam_ds.federation.privacy import spent
 from sam_ds.federation.registration import Roster
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
@@ -131,6 +132,8 @@ class SamStrategy(Strategy):
                 tqdm.write(f"round {round_}: {text} (said once; metrics.jsonl has it of every round)")
         self._said |= self._warnings.keys()
         record |= {"aggregation": dict(metrics), "warnings": list(self._warnings.values()), "void": attempt}
+        if epsilon := spent(self.server.state.released, config.federation.dp_delta):
+            record["epsilon"] = epsilon
         self._evaluate_round(round_, record, evaluated)
         return True
 

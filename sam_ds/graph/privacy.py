@@ -11,8 +11,8 @@ and p periods are one of sigma / sqrt(p) (Dong et al., 1905.02383). That clients
 epsilon smaller.
 
 What this does not cover: the scores of the registration, and the weights, which carry a client's text into the trial of
-each edit and into everybody's later counters. And the noise must be secret: in a simulation it follows from the run's
-seed, which whoever has the configuration knows.
+each edit and into everybody's later counters; for them there is `federation/privacy.py`. And the noise must be secret:
+it follows from the run's seed, which whoever has the configuration knows, unless `federation.dp_noise` is on too.
 
 Letters: L layers, E experts, S experts held.
 """

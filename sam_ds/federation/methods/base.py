@@ -11,6 +11,7 @@ which of the units a client trains are its own and never averaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def plan_dense(server: Server, round_: int) -> Planned:
     config, shape = server.config, server.state.graph.shape
     everything = {tier: [shape[1]] * shape[0] for tier in config.tiers}
     plan = plan_round(
-        config.seed, round_, server.members(), everything, layers=shape[0], num_experts=shape[1],
+        server.draw_seed(), round_, server.members(), everything, layers=shape[0], num_experts=shape[1],
         roots=config.sam.roots, per_round=server.per_round, scheme=config.federation.sampling,
         floor=0.0,
     )  # fmt: skip
@@ -68,8 +69,9 @@ def plan_dense(server: Server, round_: int) -> Planned:
 
 
 def weighted_mean(config: RunConfig) -> AggregationConfig:
-    """The example-weighted mean of the answers, with the run's server optimizer."""
-    return aggregation_config(config, rule="none")
+    """The example-weighted mean of the answers, with the run's server optimizer; with noise for privacy, their weighted
+    sum over what its weights are on average (`privacy.py`)."""
+    return aggregation_config(config, rule="ht" if config.federation.dp_noise else "none")
 
 
 def aggregation_config(config: RunConfig, rule: str) -> AggregationConfig:
@@ -77,8 +79,9 @@ def aggregation_config(config: RunConfig, rule: str) -> AggregationConfig:
     section = config.federation
     return AggregationConfig(
         rule=rule, clip=section.clip, robust=section.robust, trim=section.trim, norm_bound=section.norm_bound,
-        server_optimizer=section.server_optimizer, server_lr=section.server_lr,
-        server_momentum=section.server_momentum, beta_1=section.beta_1, beta_2=section.beta_2, tau=section.tau,
+        contribution=section.dp_clip if section.dp_noise else math.inf, server_optimizer=section.server_optimizer,
+        server_lr=section.server_lr, server_momentum=section.server_momentum, beta_1=section.beta_1,
+        beta_2=section.beta_2, tau=section.tau,
     )  # fmt: skip
 
 

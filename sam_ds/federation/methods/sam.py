@@ -16,65 +16,68 @@ from sam_ds.config import RunConfig, TierSection
 from sam_ds.federation.aggregation import AggregationConfig
 from sam_ds.federation.methods.base import Method, Planned, aggregation_config
 from sam_ds.federation.participation import plan_round, sample_clients
+from sam_ds.federation.privacy import note_release
 from sam_ds.federation.scores import anchored, desirability, greedy
 from sam_ds.federation.server import Server
 from sam_ds.graph.assembler import client_condition, hard_graph
 from sam_ds.graph.dag import explore, reach_mass
 from sam_ds.graph.edits import propose, trial
-from sam_ds.graph.privacy import gaussian_epsilon, noised_counters
+from sam_ds.graph.privacy import noised_counters
 
 _EXPLORE = 3
 """Keeps the generator of exploration apart from those of participation (1, 2)."""
-_DELTA = 1e-5
-"""At which the epsilon of noised counters is given."""
 
 
 def _plan(server: Server, round_: int) -> Planned:
     config, state = server.config, server.state
     section = config.federation
     layers, num_experts, _ = state.graph.shape
+    seed = server.draw_seed()
     members = server.members()
     drawn, _ = sample_clients(
-        config.seed, round_, tiers=[member.tier for member in members], per_round=server.per_round,
-        scheme=section.sampling,
+        seed, round_, tiers=[member.tier for member in members], per_round=server.per_round, scheme=section.sampling
     )  # fmt: skip
     conditions = {client: condition_of(server, client) for client in (members[position].client for position in drawn)}
     graphs = {
-        client: assemble(server, condition, (config.seed, round_, client)) for client, condition in conditions.items()
+        client: assemble(server, condition, (seed, round_, client)) for client, condition in conditions.items()
     }
     plan = plan_round(
-        config.seed, round_, members, {name: [tier.experts] * layers for name, tier in config.tiers.items()},
+        seed, round_, members, {name: [tier.experts] * layers for name, tier in config.tiers.items()},
         layers=layers, num_experts=num_experts, roots=config.sam.roots, per_round=server.per_round,
-        scheme=section.sampling, floor=section.floor_in_force,
-        scores_NLE=scores_of(server, graphs)[[member.client for member in members]],
+        scheme=section.sampling, floor=section.floor_in_force, scores=scores_of(server, graphs),
         sends={name: tier.sends for name, tier in config.tiers.items() if tier.sends},
     )  # fmt: skip
     return Planned(plan=plan, graphs=graphs, conditions=conditions)
 
 
-def scores_of(server: Server, graphs: Mapping[int, NDArray[np.bool_]]) -> NDArray[np.float64]:
-    """(N, L, E) what `federation.score` draws the experts of clients by; of "reach" only for those with a graph."""
+def scores_of(server: Server, graphs: Mapping[int, NDArray[np.bool_]]) -> dict[int, NDArray[np.float64]]:
+    """Client -> (L, E) what `federation.score` draws its experts by, of the clients with a graph."""
     section, state, roots = server.config.federation, server.state, server.config.sam.roots
-    rates_NLE = state.rates.astype(np.float64)
-    scores_NLE = np.zeros_like(rates_NLE)
+    drawn = list(graphs)
+    rates_KLE = state.rates[drawn].astype(np.float64)
+    scores_KLE = np.zeros_like(rates_KLE)
     match section.score:
         case "usage":
-            scores_NLE = rates_NLE
+            scores_KLE = rates_KLE
         case "reach":
-            for client, graph_LEE in graphs.items():
+            for row, graph_LEE in enumerate(graphs.values()):
                 for layer, mask_EE in enumerate(graph_LEE):
-                    scores_NLE[client, layer] = reach_mass(mask_EE, rates_NLE[client, layer], roots)
+                    scores_KLE[row, layer] = reach_mass(mask_EE, rates_KLE[row, layer], roots)
         case "fitness":
-            scores_NLE = desirability(
-                state.fitness, state.load, roots=roots, fitness_weight=section.fitness_weight,
+            scores_KLE = desirability(
+                state.fitness[drawn], state.load, roots=roots, fitness_weight=section.fitness_weight,
                 load_weight=section.load_weight,
             )  # fmt: skip
         case "greedy":
-            scores_NLE = greedy(state.fitness, [server.config.tiers[tier].experts for tier in server.tiers], roots)
+            budgets = [server.config.tiers[server.tiers[client]].experts for client in drawn]
+            scores_KLE = greedy(state.fitness[drawn], budgets, roots)
         case "anchors":
-            here_N = state.examples > 0  # an expert's anchor is a client that takes part
-            scores_NLE[here_N] = np.where(anchored(rates_NLE[here_N], roots), np.inf, rates_NLE[here_N])
-    return scores_NLE
+            # The one score of a client that depends on all the others: of those that take part.
+            here_N = state.examples > 0
+            anchored_NLE = np.zeros(state.rates.shape, bool)
+            anchored_NLE[here_N] = anchored(state.rates[here_N].astype(np.float64), roots)
+            scores_KLE = np.where(anchored_NLE[drawn], np.inf, rates_KLE)
+    return dict(zip(drawn, scores_KLE, strict=True))
 
 
 def condition_of(server: Server, client: int) -> NDArray[np.float32]:
@@ -115,19 +118,14 @@ def _adapt(server: Server, round_: int) -> dict[str, Any]:
 
 
 def _edit(server: Server, round_: int) -> dict[str, Any]:
-    """Propose edits from the counters, noised if asked for, keep those that the validation loss does not refuse. The
-    record's `epsilon` is of this period, and of the run so far (`graph/privacy.py`)."""
+    """Propose edits from the counters, noised if asked for, keep those that the validation loss does not refuse."""
     section, state = server.config.federation, server.state
-    tables, facts = [state.used, state.offered, state.together], {}
+    tables = [state.used, state.offered, state.together]
     if sigma := section.edit_noise:
         # A client may have been drawn in every round of the period.
         deviation = sigma * section.edit_every * server.config.counter_bound
-        tables = noised_counters(tables, deviation, server.config.seed, round_)
-        periods = round_ // section.edit_every
-        facts["epsilon"] = {
-            "delta": _DELTA, "period": gaussian_epsilon(sigma, _DELTA),
-            "run": gaussian_epsilon(sigma, _DELTA, releases=periods),
-        }  # fmt: skip
+        tables = noised_counters(tables, deviation, server.draw_seed(), round_)
+    note_release(state.released, "edits", sigma, 1.0)
     edits = propose(
         state.graph, *tables, roots=server.config.sam.roots, max_edits=section.max_edits,
         min_offered=section.min_offered,
@@ -140,7 +138,7 @@ def _edit(server: Server, round_: int) -> dict[str, Any]:
         counters[:] = 0
     server.model.set_graph(torch.from_numpy(result.graph_LEE))
     kept = set(result.kept)
-    return facts | {
+    return {
         "edits": [
             {"layer": edit.layer, "tail": edit.tail, "head": edit.head, "kind": edit.kind, "kept": edit in kept,
              "change": change}

@@ -33,7 +33,7 @@ def _configure(config: RunConfig) -> RunConfig:
 def _plan(server: Any, round_: int) -> Planned:
     config, (layers, num_experts, _) = server.config, server.state.graph.shape
     plan = plan_round(
-        config.seed, round_, server.members(), {name: [config.sam.roots] * layers for name in config.tiers},
+        server.draw_seed(), round_, server.members(), {name: [config.sam.roots] * layers for name in config.tiers},
         layers=layers, num_experts=num_experts, roots=config.sam.roots,
         per_round=server.per_round, scheme=config.federation.sampling, floor=0.0,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def test_edits_travel_to_whoever_was_away(federate):
     anew, kept = federate(*overrides), federate(*overrides, keep=True)
     assert_equal_states(anew.server.state, kept.server.state)
     log = kept.server.state.edits
-    first = Federation.of(kept.config, kept.server._base).server.state.graph
+    first = Federation.of(kept.config, kept.server.base).server.state.graph
     assert len(log) > 10 and (catch_up(first, log, 0) == kept.server.state.graph).all()
     assert [edit for _, edit in log.entries] == [
         Edit(layer=e["layer"], tail=e["tail"], head=e["head"], kind=e["kind"])

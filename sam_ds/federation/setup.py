@@ -134,6 +134,14 @@ def open_run(config: RunConfig, *, default_out: str) -> Path:
     return run
 
 
+def check_node(config: RunConfig) -> None:
+    """Raises InputError where a node of the federation lacks the run's converted base model."""
+    base = Path(config.out) / "base"
+    if not is_converted(base):
+        raise InputError(f"there is no base model in {base}: copy the folder `base` of the server's run there, or say "
+                         "where it is with the node-config key `out`")
+
+
 def write_config(config: RunConfig, run: Path) -> None:
     """Put the resolved configuration into the run folder."""
     (run / "config.toml").write_text(to_toml(config))

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from sam_ds.clients.generations import drop_before, generation
 from sam_ds.clients.task import Task
 from sam_ds.errors import InputError
+from sam_ds.experts.checkpoint import fingerprint
 from sam_ds.federation.aggregation import Aggregated, Aggregator, ServerOptimizer, weight_warnings
 from sam_ds.federation.graphs import UNKNOWN, graph_records
 from sam_ds.federation.messages import (
@@ -242,9 +243,8 @@ class SamStrategy(Strategy):
             if time.monotonic() > deadline:
                 raise InputError(f"federation.clients is {wanted}, but only {len(nodes)} nodes are connected")
             time.sleep(1.0)
-        contents = [
-            RecordDict({"task": ConfigRecord({"tiers": server.tiers, "trains": server.trains})}) for _ in nodes
-        ]
+        asked: dict[str, Any] = {"tiers": server.tiers, "trains": server.trains, "base": fingerprint(server.base)}
+        contents = [RecordDict({"task": ConfigRecord(asked)}) for _ in nodes]
         messages = [Message(content, node, "query") for content, node in zip(contents, nodes, strict=True)]
         fresh = not server.state.examples.any()
         replies = tqdm(

@@ -70,5 +70,8 @@ for node in 0 1 2; do
     processes+=($!)
 done
 
-flwr run . site --stream --run-config "$out/config.toml"
+# In the background, as a shell in the foreground of a command would not hear that it is to stop.
+flwr run . site --stream --run-config "$out/config.toml" &
+processes+=($!)
+wait $!
 test -f "$out/report.html"

@@ -15,7 +15,7 @@ from typing import Any
 from sam_ds.bench.options import check_sizes
 from sam_ds.bench.timing import machine
 
-BENCHMARKS = ("cluster", "convert", "estimators", "federation", "layer", "memory", "moe", "tiers", "zero",
+BENCHMARKS = ("cluster", "convert", "estimators", "federation", "flower", "layer", "memory", "moe", "tiers", "zero",
               "zero_shot")  # fmt: skip
 
 

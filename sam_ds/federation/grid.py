@@ -31,6 +31,7 @@ from sam_ds.clients.task import WorkerGroup
 _CHUNK = 4 << 20
 """Bytes a store entry: the store refuses payloads over 8 MiB."""
 FOREVER = timedelta(days=30)
+_POLL_SECONDS = 0.001
 _CLIENT_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
 
@@ -180,7 +181,7 @@ class DeepSpeedGrid(Grid):
             replies += pulled
             waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
             if not pulled:
-                time.sleep(0.01)
+                time.sleep(_POLL_SECONDS)
         return replies
 
     def stop(self) -> None:

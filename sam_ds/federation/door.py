@@ -36,7 +36,7 @@ class Door:
         self._lanes = lanes
         self._owner = None if owner is None else os.pidfd_open(owner)
         self._idle_seconds = idle_seconds
-        self._guests, self._left = 0, time.monotonic()
+        self._guests, self._left, self._closed = 0, time.monotonic(), False
         self._patience: float | None = None
         """Seconds that what has begun may still take, once the door is to close."""
         self._path = folder / SOCKET
@@ -61,8 +61,6 @@ class Door:
                 connection, _ = self._socket.accept()
             except TimeoutError:
                 continue
-            with self._lock:
-                self._guests += 1
             threading.Thread(target=self._receive, args=(connection,), daemon=True).start()
         deadline = time.monotonic() + (self._patience or 0.0)
         while self._guests and not self._orphaned() and time.monotonic() < deadline:
@@ -74,8 +72,10 @@ class Door:
             self._queue.stop()
 
     def _over(self) -> bool:
-        idle = not self._guests and time.monotonic() - self._left > self._idle_seconds
-        return idle or self._patience is not None or self._orphaned()
+        with self._lock:
+            idle = not self._guests and time.monotonic() - self._left > self._idle_seconds
+            self._closed = idle or self._patience is not None or self._orphaned()
+            return self._closed
 
     def _orphaned(self) -> bool:
         return self._owner is not None and bool(select.select([self._owner], [], [], 0)[0])
@@ -84,29 +84,38 @@ class Door:
         try:
             with connection:
                 connection.settimeout(None)
-                self._answer(connection)
+                while not select.select([connection], [], [], _LOOK_SECONDS)[0]:
+                    if self._closed:
+                        return
+                [wanted] = receive(connection, 1)
+                if wanted == STOP:
+                    self._patience = _GRACE_SECONDS
+                    send(connection, ACCEPTED)
+                elif wanted != self._run:
+                    self._patience = math.inf
+                    send(connection, OTHER)
+                else:
+                    self._answer(connection)
         except OSError:
             # Whoever asked has gone: there is nobody to tell.
             pass
+
+    def _answer(self, connection: socket.socket) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._guests += 1
+        try:
+            send(connection, ACCEPTED)
+            tier, context, message = receive(connection, 3)
+            with self._lock:
+                identity = self._queue.put(pack(context, message))
+                self._queue.assign(self._lanes(tier.decode()), [identity])
+            send(connection, *unpack(self._reply(identity), 2))
         finally:
             with self._lock:
                 self._guests -= 1
                 self._left = time.monotonic()
-
-    def _answer(self, connection: socket.socket) -> None:
-        [wanted] = receive(connection, 1)
-        if wanted == STOP:
-            self._patience = _GRACE_SECONDS
-            return send(connection, ACCEPTED)
-        if wanted != self._run:
-            self._patience = math.inf
-            return send(connection, OTHER)
-        send(connection, ACCEPTED)
-        tier, context, message = receive(connection, 3)
-        with self._lock:
-            identity = self._queue.put(pack(context, message))
-            self._queue.assign(self._lanes(tier.decode()), [identity])
-        send(connection, *unpack(self._reply(identity), 2))
 
     def _reply(self, identity: str) -> bytes:
         while True:

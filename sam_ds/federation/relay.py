@@ -31,7 +31,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.errors import InputError
-from sam_ds.federation.frames import BrokenFrame, receive, send
+from sam_ds.federation.frames import receive, send
 from sam_ds.federation.node import NodeConfig, client_of, identity, node_of, package_folder, tier_of
 
 SOCKET, LOG = "worker.sock", "worker.log"
@@ -40,7 +40,7 @@ STOP = b"stop"
 ACCEPTED, OTHER = b"accepted", b"other"
 _POLL_SECONDS = 0.02
 _LEAVE_SECONDS = 60.0
-"""A worker that was stopped is gone by then."""
+"""A worker says by then whether it takes a message, and one that was stopped is gone."""
 
 
 class WorkerDied(RuntimeError):
@@ -111,13 +111,16 @@ def _connection(folder: Path, config: RunConfig, node: NodeConfig) -> socket.soc
     """A connection to the worker of this run, which waits for a request. Starts one if need be."""
     wanted = identity(config, node.tiers).encode()
     with _locked(folder):
-        while True:
-            if (connection := connect(folder)) is None:
-                connection = _start(folder, config, node)
+        if (connection := connect(folder)) is not None:
             if _accepted(connection, wanted):
                 return connection
             connection.close()
             _wait_until_gone(folder, config.federation.timeout_seconds)
+        connection = _start(folder, config, node)
+        if not _accepted(connection, wanted):
+            connection.close()
+            raise WorkerDied(f"the worker was started for another run, or from other code:\n{_tail(folder)}")
+        return connection
 
 
 def connect(folder: Path) -> socket.socket | None:
@@ -133,21 +136,28 @@ def connect(folder: Path) -> socket.socket | None:
 
 def _accepted(connection: socket.socket, wanted: bytes) -> bool:
     """Whether the worker is of the run that is wanted; one of another, or one that is leaving, goes home."""
+    connection.settimeout(_LEAVE_SECONDS)
     try:
         send(connection, wanted)
-        return receive(connection, 1) == [ACCEPTED]
-    except (BrokenFrame, OSError):
+        accepted = receive(connection, 1) == [ACCEPTED]
+    except OSError:
         return False
+    connection.settimeout(None)
+    return accepted
 
 
 def _wait_until_gone(folder: Path, seconds: float) -> None:
     """A worker that leaves keeps its socket until its memory is free, and answers what it has begun."""
     deadline = time.monotonic() + seconds
     while (connection := connect(folder)) is not None:
-        connection.close()
-        if time.monotonic() > deadline:
-            raise WorkerDied(f"the worker in {folder} was sent home but stays:\n{_tail(folder)}")
-        time.sleep(_POLL_SECONDS)
+        with connection:
+            connection.settimeout(max(_POLL_SECONDS, deadline - time.monotonic()))
+            try:
+                connection.recv(1)  # nothing comes: the door ends it, or the worker's end does
+            except TimeoutError:
+                raise WorkerDied(f"the worker in {folder} was sent home but stays:\n{_tail(folder)}") from None
+            except ConnectionError:
+                pass
 
 
 def _start(folder: Path, config: RunConfig, node: NodeConfig) -> socket.socket:
@@ -183,7 +193,9 @@ def _start(folder: Path, config: RunConfig, node: NodeConfig) -> socket.socket:
 
 
 def _tail(folder: Path) -> str:
-    """The end of the worker's log."""
+    """The end of the worker's log; one that was started by hand has none here."""
+    if not (folder / LOG).exists():
+        return f"(no {folder / LOG})"
     with open(folder / LOG, "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
         return f"{log.read().decode(errors='replace').strip()}\n(from {folder / LOG})"

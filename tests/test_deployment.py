@@ -62,6 +62,7 @@ def test_three_nodes_are_the_launchers_run(tiny, one_rank, tmp_path, monkeypatch
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # as it is to be
 def test_a_worker_of_two_ranks_that_is_killed_is_started_anew(tiny, tmp_path):
     """Through real processes: an error reply by name, then another worker; and none outlives its owner."""

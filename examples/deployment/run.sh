@@ -43,7 +43,7 @@ await() { # for SECONDS, until the command succeeds
 python $here/keys.py "$work/keys" --host 127.0.0.1 --nodes 3
 python $here/prepare.py $here/run.toml "${overrides[@]/#/--set=}"
 
-flower-superlink --host 127.0.0.1 --port "$port" --enable-supernode-auth --database "$work/superlink.db" \
+flower-superlink --host 127.0.0.1 --port "$port" --enable-supernode-auth \
     --disable-runtime-dependency-installation --ssl-ca-certfile "$work/keys/ca.pem" \
     --ssl-certfile "$work/keys/server.pem" --ssl-keyfile "$work/keys/server.key" >"$log/superlink.log" 2>&1 &
 processes+=($!)

@@ -24,6 +24,8 @@ processes=()
 stop() {
     for process in "${processes[@]}"; do kill -- "-$process" 2>/dev/null || true; done
     wait
+    # A ServerApp whose SuperLink has gone would try again for long.
+    for process in "${processes[@]}"; do kill -9 -- "-$process" 2>/dev/null || true; done
     rm -rf "$work"
 }
 trap stop EXIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main(way: str, folder: Path) -> None:
         from sam_ds.federation.methods.registry import configured
         from sam_ds.federation.ranks import Pods, make_worker
 
+        os.environ["LOCAL_RANK"] = "0"
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         config = configured(from_flat(context.run_config))
         pods = Pods(config, config.working_tiers)

@@ -55,7 +55,7 @@ def to_nobody(messages):
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     identify(0)
-    monkeypatch.setattr(exchange_module, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(exchange_module, "_POLL_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.run import Run
 
-from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, identify, serve
+from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, answering, identify, serve
 
 
 @pytest.fixture
@@ -74,9 +74,11 @@ class Workers:
         identify(0)
         self.grid = DeepSpeedGrid(Mailbox(server_store), clients, groups)
         self.threads = [
-            threading.Thread(target=serve, args=(Mailbox(connect()), app, Alone(), {1: Alone()}, context), daemon=True)
+            threading.Thread(
+                target=serve, args=(Mailbox(connect()), answering(app, context), Alone(), {1: Alone()}), daemon=True
+            )
             for _ in range(groups)
-        ]
+        ]  # fmt: skip
         for thread in self.threads:
             thread.start()
 
@@ -225,8 +227,8 @@ def test_a_pod_takes_as_many_messages_as_it_has_groups(server_store, connect, mo
     threads = []
     for position in (0, 1):
         groups = {1: Rank(position, (0, 1), shared), 2: Rank(0, (position,), None)}
-        threads.append(threading.Thread(target=serve, name=str(position), daemon=True,
-                                        args=(Mailbox(connect()), app, groups[1], groups, context)))  # fmt: skip
+        work = (Mailbox(connect()), answering(app, context), groups[1], groups)
+        threads.append(threading.Thread(target=serve, name=str(position), daemon=True, args=work))
         threads[-1].start()
     messages = [
         grid.create_message(RecordDict({"in": ConfigRecord({"number": number})}), "train", 1, "1")

@@ -44,7 +44,7 @@ def test_static_mask_holds_the_same_experts_everywhere_and_moves_nothing_else(fe
     run = federate("static_mask")
     top_k = run.config.sam.top_k
     assert all(layer.top_k == layer.roots == top_k for layer in run.server.model.sam_layers)
-    before = Federation.of(replace(run.config, out=f"{run.config.out}-2"), run.server._base).server.state
+    before = Federation.of(replace(run.config, out=f"{run.config.out}-2"), run.server.base).server.state
     moved = set()
     for unit, value in run.server.state.units.items():
         if isinstance(unit, ExpertUnit) and not np.array_equal(value, before.units[unit]):

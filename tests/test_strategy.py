@@ -106,7 +106,7 @@ def test_edits_travel_to_whoever_was_away(federate):
     anew, kept = federate(*overrides), federate(*overrides, keep=True)
     assert_equal_states(anew.server.state, kept.server.state)
     log = kept.server.state.edits
-    first = Federation.of(kept.config, kept.server._base).server.state.graph
+    first = Federation.of(kept.config, kept.server.base).server.state.graph
     assert len(log) > 10 and (catch_up(first, log, 0) == kept.server.state.graph).all()
     assert [edit for _, edit in log.entries] == [
         Edit(layer=e["layer"], tail=e["tail"], head=e["head"], kind=e["kind"])
@@ -401,7 +401,7 @@ def test_ht_scales_by_the_share_that_answered(federate):
     federation = federate("federation.rounds=1", tamper={client: crash})
     planned = federation.strategy._planned.plan.clients
     examples = federation.server.state.examples
-    first = Federation.of(federation.config, federation.server._base).server
+    first = Federation.of(federation.config, federation.server.base).server
     expected = {unit: value.astype(np.float64) for unit, value in first.state.units.items()}
     for each, reply in zip(planned, federation.grid.seen, strict=True):
         if each.client == client:
@@ -593,7 +593,7 @@ def test_more_nodes_than_clients_and_taken_ids(federate):
     assert refused.keys() == {2, 7, 9} and refused[2][0] == "duplicate" and refused[9] == (
         "taken-id", "registration: client 0 is node 1, which is still connected"
     )  # fmt: skip
-    assert refused[7][0] == "client-failed" and "partition-id is 6, the federation has 6 clients" in refused[7][1]
+    assert refused[7][0] == "client-failed" and "partition-id = 6 is none of the run's 6 clients" in refused[7][1]
     assert_equal_states(federation.server.state, federate("federation.rounds=1").server.state)
 
 

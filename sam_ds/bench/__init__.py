@@ -15,8 +15,8 @@ from typing import Any
 from sam_ds.bench.options import check_sizes
 from sam_ds.bench.timing import machine
 
-BENCHMARKS = ("aggregate", "cluster", "cohorts", "convert", "estimators", "faults", "federation", "fuzz", "layer",
-              "memory", "moe", "scale", "tiers", "wire", "zero", "zero_shot")  # fmt: skip
+BENCHMARKS = ("aggregate", "cluster", "cohorts", "convert", "estimators", "faults", "federation", "flower", "fuzz",
+              "layer", "memory", "moe", "scale", "tiers", "wire", "zero", "zero_shot")  # fmt: skip
 
 
 def add_benchmarks(parser: argparse.ArgumentParser) -> None:

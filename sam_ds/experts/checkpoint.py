@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,16 @@ def is_converted(name: str | Path) -> bool:
     except InputError:
         return False
     return True
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of what was fitted when the model in this folder was converted, and so of the experts' order, without
+    reading the weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        if not file.name.startswith("model"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _sam_files(name: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:

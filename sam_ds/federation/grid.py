@@ -12,7 +12,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,7 @@ from sam_ds.clients.task import WorkerGroup
 _CHUNK = 4 << 20
 """Bytes a store entry: the store refuses payloads over 8 MiB."""
 FOREVER = timedelta(days=30)
+_POLL_SECONDS = 0.001
 _CLIENT_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
 
@@ -83,6 +84,48 @@ def open_stores() -> tuple[dist.Store | None, dist.Store]:
     return server, dist.TCPStore(*address[0], is_master=False, timeout=FOREVER)
 
 
+class TaskQueue:
+    """Rank 0's side of the store: requests and tasks go up, replies come down. Used by one thread at a time."""
+
+    def __init__(self, mailbox: Mailbox, pods: int) -> None:
+        self._mailbox = mailbox
+        self._pods = pods
+        self._requests = self._tasks = 0
+
+    @property
+    def next(self) -> str:
+        """The identity that the next request will have."""
+        return str(self._requests)
+
+    def put(self, request: bytes) -> str:
+        """The identity under which a request can be assigned, and its reply taken."""
+        identity = self.next
+        self._requests += 1
+        self._mailbox.put(f"message/{identity}", request)
+        return identity
+
+    def assign(self, lanes: int, identities: Sequence[str]) -> None:
+        """A task for the next pod that is free: at most `lanes` requests, which it answers at a time."""
+        self._put_task(json.dumps([lanes, identities]).encode())
+
+    def has(self, identity: str) -> bool:
+        """Whether the reply to a request is there."""
+        return self._mailbox.has(f"reply/{identity}")
+
+    def take(self, identity: str) -> bytes:
+        """The reply to a request, once."""
+        return self._mailbox.take(f"reply/{identity}")
+
+    def stop(self) -> None:
+        """Send every pod home; each takes one empty task after all that were assigned before."""
+        for _ in range(self._pods):
+            self._put_task(b"")
+
+    def _put_task(self, task: bytes) -> None:
+        self._mailbox.put(f"task/{self._tasks}", task)
+        self._tasks += 1
+
+
 class DeepSpeedGrid(Grid):
     """The server's side: push messages for virtual clients, pull their replies. Used by one thread."""
 
@@ -90,11 +133,9 @@ class DeepSpeedGrid(Grid):
         self, mailbox: Mailbox, clients: int, pods: int, lanes: Callable[[Message], int] = lambda _: 1
     ) -> None:
         """`lanes(message)`: how many messages like this one a pod answers at a time."""
-        self._mailbox = mailbox
+        self._queue = TaskQueue(mailbox, pods)
         self._nodes = list(range(1, clients + 1))
-        self._pods = pods
         self._lanes = lanes
-        self._messages = self._tasks = 0
         self._run = Run.create_empty(1)
 
     def set_run(self, run: Run) -> None:
@@ -116,29 +157,20 @@ class DeepSpeedGrid(Grid):
         ids = []
         waiting: dict[int, list[str]] = {}
         for message in messages:
-            identity = str(self._messages)
-            self._messages += 1
-            message.metadata.__dict__["_message_id"] = identity
-            self._mailbox.put(f"message/{identity}", message_to_proto(message).SerializeToString())
-            ids.append(identity)
             lanes = self._lanes(message)
+            message.metadata.__dict__["_message_id"] = identity = self._queue.next
+            self._queue.put(message_to_proto(message).SerializeToString())
+            ids.append(identity)
             waiting.setdefault(lanes, []).append(identity)
             if len(waiting[lanes]) == lanes:
-                self._put_task(lanes, waiting.pop(lanes))
+                self._queue.assign(lanes, waiting.pop(lanes))
         for lanes, identities in waiting.items():
-            self._put_task(lanes, identities)
+            self._queue.assign(lanes, identities)
         return ids
 
-    def _put_task(self, lanes: int, messages: list[str]) -> None:
-        self._mailbox.put(f"task/{self._tasks}", json.dumps([lanes, messages]).encode())
-        self._tasks += 1
-
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ready = [identity for identity in message_ids if self._mailbox.has(f"reply/{identity}")]
-        return [
-            message_from_proto(ProtoMessage.FromString(self._mailbox.take(f"reply/{identity}")))
-            for identity in ready
-        ]
+        ready = [identity for identity in message_ids if self._queue.has(identity)]
+        return [message_from_proto(ProtoMessage.FromString(self._queue.take(identity))) for identity in ready]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         waiting = set(self.push_messages(messages))
@@ -149,24 +181,22 @@ class DeepSpeedGrid(Grid):
             replies += pulled
             waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
             if not pulled:
-                time.sleep(0.01)
+                time.sleep(_POLL_SECONDS)
         return replies
 
     def stop(self) -> None:
-        """Send every pod home; each takes one empty task after all that were pushed before."""
-        for _ in range(self._pods):
-            self._mailbox.put(f"task/{self._tasks}", b"")
-            self._tasks += 1
+        """Send every pod home, after all that was pushed before."""
+        self._queue.stop()
 
 
 def serve(
-    mailbox: Mailbox, app: ClientApp, pod: WorkerGroup, groups: Mapping[int, WorkerGroup],
-    context: Callable[[int], Context],
+    mailbox: Mailbox, answer: Callable[[bytes], Callable[[], bytes]], pod: WorkerGroup,
+    groups: Mapping[int, WorkerGroup],
 ) -> None:  # fmt: skip
-    """A rank's main loop: its pod takes a task, the groups in it run the ClientApp on a message each and reply.
+    """A rank's main loop: its pod takes a task, the groups in it answer a request each.
 
-    `groups`: by the number of messages that a pod answers at a time, this rank's. `context(node_id)` gives the virtual
-    client's Flower context. An exception becomes an error reply.
+    `answer(request)` does the work, on all ranks of a group, and returns what serialises the reply, which the first of
+    them calls. `groups`: by the number of requests that a pod answers at a time, this rank's.
     """
     while True:
         task = b""
@@ -175,21 +205,35 @@ def serve(
         task = _broadcast(task, pod)
         if not task:
             return
-        lanes, messages = json.loads(task)
+        lanes, requests = json.loads(task)
         group = groups[lanes]
         lane, leader = pod.position // len(group.ranks), group.position == 0
-        if lane >= len(messages):
+        if lane >= len(requests):
             continue
-        identity = messages[lane]
+        identity = requests[lane]
         data = _broadcast(mailbox.take(f"message/{identity}") if leader else b"", group)
-        message = message_from_proto(ProtoMessage.FromString(data))
-        node = message.metadata.dst_node_id
-        try:
-            reply = app(message, context(node))
-        except Exception:
-            reply = Message(Error(_CLIENT_RAISED, traceback.format_exc(limit=-3)), reply_to=message)
+        serialised = answer(data)
         if leader:
-            mailbox.put(f"reply/{identity}", message_to_proto(reply).SerializeToString())
+            mailbox.put(f"reply/{identity}", serialised())
+
+
+def answering(app: ClientApp, context: Callable[[int], Context]) -> Callable[[bytes], Callable[[], bytes]]:
+    """What `serve` answers a serialised message with; `context(node_id)` gives the virtual client's Flower context."""
+
+    def answer(request: bytes) -> Callable[[], bytes]:
+        message = message_from_proto(ProtoMessage.FromString(request))
+        reply = reply_of(app, message, context(message.metadata.dst_node_id))
+        return lambda: message_to_proto(reply).SerializeToString()
+
+    return answer
+
+
+def reply_of(app: ClientApp, message: Message, context: Context) -> Message:
+    """The ClientApp's reply; an exception becomes an error reply."""
+    try:
+        return app(message, context)
+    except Exception:
+        return Message(Error(_CLIENT_RAISED, traceback.format_exc(limit=-3)), reply_to=message)
 
 
 def _broadcast(data: bytes, group: WorkerGroup) -> bytes:

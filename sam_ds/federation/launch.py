@@ -1,7 +1,6 @@
 """One rank of `deepspeed launch/run_federation.py`: a worker on every rank, the Flower server app beside rank 0's.
 
-Ranks form pods as large as the largest worker group of a tier; in a pod as many clients train at a time as there are
-groups of theirs in it. Exit codes: 0 done, 2 bad input, 1 anything else.
+Exit codes: 0 done, 2 bad input, 1 anything else.
 
 When a rank dies, the launcher ends the others: the run goes on with `--resume`, from its last round.
 """
@@ -10,31 +9,26 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import os
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
-import deepspeed
-import torch
 import torch.distributed as dist
-from flwr.app import Context, Message, RecordDict
-from transformers.utils import logging as hf_logging
+from flwr.app import Context, RecordDict
 
-from sam_ds.clients.task import WorkerGroup
-from sam_ds.clients.worker import Worker, engine_tier
 from sam_ds.config import RunConfig, flatten, load_config
 from sam_ds.errors import InputError, RunStopped
-from sam_ds.federation.apps import client_app, server_app, set_worker
-from sam_ds.federation.grid import FOREVER, DeepSpeedGrid, Mailbox, identify, open_stores, serve
-from sam_ds.federation.methods.registry import METHODS, configured
+from sam_ds.federation.apps import client_app, server_app
+from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, answering, open_stores, serve
+from sam_ds.federation.methods.registry import configured
+from sam_ds.federation.node import tier_of
+from sam_ds.federation.ranks import Pods, make_worker, process_group
 from sam_ds.federation.run import prepare
-from sam_ds.federation.setup import clients_of, corpus_of, open_run
+from sam_ds.federation.setup import open_run
 
 _GRACE_SECONDS = 60
 """From the end of a run that failed until its ranks must have come home."""
@@ -47,13 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"run_federation: {error}", file=sys.stderr)
         return 2
-    _threads(config)
-    hf_logging.disable_progress_bar()  # a bar for every reload of a few tensors hides the run's own
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    try:
+    with process_group(config):
         return _run(config, resume=resume)
-    finally:
-        dist.destroy_process_group()
 
 
 def _configured(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
@@ -75,16 +64,12 @@ def _configured(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
 
 
 def _run(config: RunConfig, *, resume: bool) -> int:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    pod = config.pod
+    rank = dist.get_rank()
     # Rank 0 decides for all; the others learn the outcome, so that nobody waits for a rank that has left.
     outcome: list[str | None] = [None, None, None]
     if rank == 0:
         try:
-            if ranks % pod:
-                name = "runtime.ranks_per_client" if pod == config.runtime.ranks_per_client else "a tier's ranks"
-                raise InputError(f"{name}={pod} does not divide the {ranks} ranks of this launch; start a multiple of "
-                                 f"{pod} (deepspeed --num_gpus N) or lower it")
+            Pods(config, config.working_tiers)
             outcome[0] = config.out if resume else str(open_run(config, default_out=RunConfig().out))
             prepare(replace(config, out=outcome[0]))
         except (InputError, RunStopped) as error:
@@ -97,18 +82,18 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         dist.barrier()
         return int(outcome[2] or 2)
     config = replace(config, out=str(outcome[0]))
-    groups = _groups(config)
+    pods = Pods(config, config.working_tiers)
+    groups = pods.groups()
     server_store, store = open_stores()
-    corpus = corpus_of(config)
-    worker = Worker(config, Path(config.out) / "base", clients_of(config, corpus), list(groups.values()))
-    worker.build({name: METHODS[config.method].train(config.tiers[name]) for name in config.working_tiers})
-    set_worker(worker)
-    identify(rank)
+    worker = make_worker(pods, list(groups.values()))
     failures: list[BaseException] = []
     thread = None
     if rank == 0:
         assert server_store is not None
-        grid = DeepSpeedGrid(Mailbox(server_store), config.federation.clients, ranks // pod, partial(_lanes, config))
+        grid = DeepSpeedGrid(
+            Mailbox(server_store), config.federation.clients, pods.count,
+            lambda message: pods.lanes(tier_of(message, message.metadata.dst_node_id - 1)),
+        )  # fmt: skip
         thread = threading.Thread(target=_serve_app, args=(grid, config, failures), name="server-app")
         thread.start()
 
@@ -118,7 +103,7 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         }  # fmt: skip
         return Context(run_id=1, node_id=node, node_config=facts, state=RecordDict(), run_config=flatten(config))
 
-    serve(Mailbox(store), client_app, groups[1], groups, context)
+    serve(Mailbox(store), answering(client_app, context), groups[1], groups)
     worker.close()
     if thread is not None:
         thread.join()
@@ -129,28 +114,6 @@ def _run(config: RunConfig, *, resume: bool) -> int:
 
 def _code(error: BaseException) -> int:
     return 2 if isinstance(error, InputError) else 1
-
-
-def _groups(config: RunConfig) -> dict[int, WorkerGroup]:
-    """This rank's worker groups, by how many of them are in a pod."""
-    rank, ranks, mine = dist.get_rank(), dist.get_world_size(), {}
-    sizes = {config.ranks_of(config.tiers[name]) for name in config.working_tiers}
-    # Every rank makes every group, in the same order.
-    for size in sorted(sizes):
-        for first in range(0, ranks, size):
-            members = list(range(first, first + size))
-            # A rank waits here for its next task, however long the others' take.
-            handle = dist.new_group(members, timeout=FOREVER)
-            if rank in members:
-                mine[config.pod // size] = members, handle
-    return {lanes: WorkerGroup(members, handle) for lanes, (members, handle) in mine.items()}
-
-
-def _lanes(config: RunConfig, message: Message) -> int:
-    """How many messages like this one a pod answers at a time."""
-    asked = message.content["task"]
-    tier = asked["tier"] if "tier" in asked else asked["tiers"][message.metadata.dst_node_id - 1]
-    return config.pod // config.ranks_of(config.tiers[engine_tier(config, tier, asked["trains"])])
 
 
 def _serve_app(grid: DeepSpeedGrid, config: RunConfig, failures: list[BaseException]) -> None:
@@ -178,8 +141,3 @@ def _share(outcome: list[str | None]) -> None:
     else:
         store.wait(["sam_ds/outcome"], timedelta(days=1))
         outcome[:] = [value or None for value in store.get("sam_ds/outcome").decode().split("\0")]
-
-
-def _threads(config: RunConfig) -> None:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    torch.set_num_threads(config.runtime.threads or max(1, len(os.sched_getaffinity(0)) // local))

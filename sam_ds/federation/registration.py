@@ -21,7 +21,8 @@ from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
 from sam_ds.errors import InputError, RunStopped
-from sam_ds.federation.exchange import POLL_SECONDS, Refuse
+from sam_ds.experts.checkpoint import fingerprint
+from sam_ds.federation.exchange import Refuse, pause
 from sam_ds.federation.messages import registration_of
 from sam_ds.federation.server import Server
 from sam_ds.wire.payload import RejectedUpdate
@@ -53,8 +54,9 @@ class Roster:
         deadline = time.monotonic() + timeout
         with tqdm(desc="register", unit="client", total=section.clients, leave=False) as progress:
             while self._pending and len(self.nodes) < section.clients and time.monotonic() < deadline:
+                began = time.monotonic()
                 if not self._take(grid, connected):
-                    time.sleep(POLL_SECONDS)
+                    pause(time.monotonic() - began)
                 progress.update(len(self.nodes) - progress.n)
         if len(self.nodes) < least:
             self._why += [f"node {node}: no answer within {timeout:g} s" for node in self._pending.values()]
@@ -72,7 +74,7 @@ class Roster:
         server, connected = self._server, set(grid.get_node_ids())
         nodes = sorted(connected - self._asked)
         # One for all: it holds every client's tier.
-        asked = ConfigRecord({"tiers": server.tiers, "trains": server.trains})
+        asked = ConfigRecord({"tiers": server.tiers, "trains": server.trains, "base": fingerprint(server.base)})
         messages = [Message(RecordDict({"task": asked}), node, "query") for node in nodes]
         if messages:
             taken = zip(grid.push_messages(messages), nodes, strict=False)

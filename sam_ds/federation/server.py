@@ -78,7 +78,7 @@ class Server:
             raise InputError(f"tiers train {' and '.join(sorted(trains))}: updates of different kinds cannot be "
                              "averaged; give every tier the same `trains`")  # fmt: skip
         self.trains = trains.pop()
-        self._base = base
+        self.base = base
         self.factor_bytes = 0
         """Bytes of the frozen factors that are not drawn: a client needs them once."""
         self._begin(0)
@@ -168,7 +168,7 @@ class Server:
             raise InputError("the checkpoint holds other tensors than this model and method train; resume with the "
                              "run's own configuration")  # fmt: skip
         if due := generation(self.config, state.round + 1):
-            stored = Checkpoint(weights_folder(self._base, due))
+            stored = Checkpoint(weights_folder(self.base, due))
             with torch.no_grad():
                 for name in self._merged:
                     self._parameters[name].copy_(stored.read(name))
@@ -181,7 +181,7 @@ class Server:
         the clients find them, and begin anew with other frozen factors. The function of the model stays the same."""
         due = generation(self.config, self.state.round + 1)
         self.model.fold_lora()
-        target = weights_folder(self._base, due)
+        target = weights_folder(self.base, due)
         weights = {name: self._parameters[name].detach() for name in self._merged}
         with writing(target):
             made = unfinished(target)
@@ -213,7 +213,7 @@ class Server:
         self._parameters = dict(self.model.named_parameters())
         if due == 0 and self.trains == "lora":
             with torch.no_grad():
-                for name, value in load_factors(self._base).items():
+                for name, value in load_factors(self.base).items():
                     if name not in self._parameters or self._parameters[name].shape != value.shape:
                         raise InputError(f"the frozen factor {name} of the run's base model is {tuple(value.shape)}: "
                                          "resume with the run's own train.lora_rank and train.attention_rank")

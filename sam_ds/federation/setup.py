@@ -163,6 +163,14 @@ def hold(run: Path) -> None:
     _held[path] = file
 
 
+def check_node(config: RunConfig) -> None:
+    """Raises InputError where a node of the federation lacks the run's converted base model."""
+    base = Path(config.out) / "base"
+    if not is_converted(base):
+        raise InputError(f"there is no base model in {base}: copy the folder `base` of the server's run there, or say "
+                         "where it is with the node-config key `out`")
+
+
 def write_config(config: RunConfig, run: Path) -> None:
     """Put the resolved configuration into the run folder."""
     write_atomically(run / "config.toml", to_toml(config).encode())

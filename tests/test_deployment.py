@@ -1,0 +1,108 @@
+"""`flwr run` on Flower's own deployment, as `examples/deployment/run.sh` has it: the launcher's run, over a network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from in_process import SETTINGS
+from safetensors.torch import load_file
+from test_launch import ROOT, alone, free_port
+
+from sam_ds.config import flatten
+from sam_ds.experts.checkpoint import fingerprint
+from sam_ds.federation.grid import identify
+from sam_ds.federation.metrics import read_records
+from sam_ds.federation.relay import WorkerDied, private_folder, relay, stop
+
+TINY = (*SETTINGS, "federation.rounds=3", "federation.clients=3", "federation.edit_every=2", "tiers.large.ranks=2")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_three_nodes_are_the_launchers_run(tiny, one_rank, tmp_path, monkeypatch):
+    """One of the nodes has two ranks. The run is the one-rank launcher's to rounding, and nothing is left behind."""
+    from sam_ds.federation import launch
+
+    out, scratch = tmp_path / "run", tmp_path.parent / "w"
+    scratch.mkdir()
+    run = [f'model="{tiny.model}"', f'data="{tiny.corpus}"', *TINY]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "PORT": str(free_port()),
+                                "TMPDIR": str(scratch),
+                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+    done = subprocess.run([str(ROOT / "examples" / "deployment" / "run.sh"), str(out), *run], env=environment,
+                          capture_output=True, text=True, timeout=500)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = read_records(out / "metrics.jsonl")
+    clients = [r for r in records if r["kind"] == "client"]
+    assert [(r["client"], r["tier"], r["status"]) for r in clients] == [
+        (client, tier, "ok") for _ in range(3) for client, tier in enumerate(("small", "medium", "large"))
+    ]
+
+    alone(monkeypatch, launch)
+    settings = [*run, f'out="{tmp_path}/launcher"', 'federation.partition="dirichlet"',
+                "federation.clients_per_round=3", "tiers.large.ranks=1"]  # fmt: skip
+    assert launch.main([part for key in settings for part in ("--set", key)]) == 0
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (out, tmp_path / "launcher"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert not _left(str(scratch))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # as it is to be
+def test_a_worker_of_two_ranks_that_is_killed_is_started_anew(tiny, tmp_path):
+    """Through real processes: an error reply by name, then another worker; and none outlives its owner."""
+    identify(0)
+    out = tmp_path / "run"
+    shutil.copytree(tiny.base, out / "base")
+    config = tiny.config(out, "tiers.large.ranks=2", "federation.clients=3", "federation.partition=dirichlet")
+    folder = private_folder(str(tmp_path / "w"))
+    node = {"partition-id": 2, "tiers": "large", "worker": str(folder)}
+    context = Context(run_id=1, node_id=5, node_config=node, state=RecordDict(), run_config=flatten(config))
+
+    def register():
+        asked = {"tiers": ["small", "medium", "large"], "trains": "full", "base": fingerprint(out / "base")}
+        message = Message(RecordDict({"task": ConfigRecord(asked)}), 5, "query")
+        message.metadata.__dict__["_message_id"] = "m"
+        return relay(message, context)
+
+    assert register().content["metrics"]["client"] == 2
+    leader, peer = sorted(_processes(f"--local_rank.*--worker {folder}"))
+    # It stops where its leader waits for it, and dies there.
+    os.kill(peer, signal.SIGSTOP)
+    killer = threading.Timer(3.0, os.kill, (peer, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(WorkerDied, match="ended before it had answered"):
+        register()
+    assert register().content["metrics"]["client"] == 2
+    assert not {leader, peer} & set(_processes(str(folder)))
+    assert stop(folder)
+    assert not _left(str(folder))
+
+
+def _left(words: str) -> list[int]:
+    """What still runs a minute later."""
+    deadline = time.monotonic() + 60
+    while (found := _processes(words)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def _processes(words: str) -> list[int]:
+    """The processes whose command line has these words."""
+    found = subprocess.run(["pgrep", "-f", "--", words], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]

@@ -45,6 +45,28 @@ def rows(count=3, seed=0):
 
 
 @torch.no_grad()
+def test_an_edit_is_judged_by_what_every_domain_uses(server):
+    """The mean over the domains of the loss over each one's own best edges of the edited graph."""
+    edited = np.zeros_like(server.state.graph)
+    edited[:, 0, server.config.sam.roots :] = True  # every token may go anywhere, from the first root
+    loss, found = server.loss_in_use(), []
+    for graph in (server.state.graph, edited):
+        own = []
+        for name in server.corpus.domains:
+            seen, rows = server._domain_ids[name], server._validation_by_domain[name]
+            condition = personal_graph(server.model, seen, edges=9).condition
+            with server.model.over(torch.from_numpy(graph)):
+                mine = personal_graph(server.model, seen, edges=9)
+            assert torch.allclose(mine.condition, condition), "a text is known over all edges"
+            with server.model.over(mine.graph_LEE, mine.condition):
+                own.append(float(server.model(input_ids=rows, labels=rows).loss))
+        found.append(loss(graph))
+        assert found[-1] == pytest.approx(np.mean(own), rel=1e-5)
+    assert found[0] != found[1]
+    assert server.model.sam_condition is None
+
+
+@torch.no_grad()
 def test_graph_and_experts_are_those_of_the_formulas(folder):
     model = from_pretrained(folder).eval()
     personal = personal_graph(model, rows(10), edges=9, experts=4)

@@ -50,7 +50,7 @@ from sam_ds.experts.units import (
 from sam_ds.federation.methods.base import Method
 from sam_ds.federation.participation import Member
 from sam_ds.federation.state import ServerState, sync, unfinished, writing
-from sam_ds.graph.assembler import Assembler
+from sam_ds.graph.assembler import Assembler, hard_graph
 from sam_ds.wire.payload import ExpertUnit, Unit
 
 _VALIDATION_ROWS = 8
@@ -265,7 +265,7 @@ class Server:
         self.evaluation_seconds += time.perf_counter() - began
         return result
 
-    def domain_graphs(self) -> dict[str, Graph]:
+    def domain_graphs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The graph of each domain: the assembler's for a client that holds everything and whose text is the domain's
         public (or valid) text, as the model sees it now."""
         edges = self.config.federation.edges
@@ -334,6 +334,33 @@ class Server:
             loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
         self.evaluation_seconds += time.perf_counter() - began
         return loss
+
+    def loss_in_use(self) -> Callable[[NDArray[np.bool_]], float]:
+        """(L, E, E) -> nats a token of the sparse model where every domain routes over its own edges of that graph, and
+        sends messages with its own gains, as clients do: what an edit of the graph is judged by. On a fixed batch of
+        every domain's public (or valid) text."""
+        section, roots = self.config.federation, self.config.sam.roots
+        conditions = {name: condition for name, (_, condition) in self.domain_graphs().items()}
+
+        @torch.no_grad()
+        def loss(graph_LEE: NDArray[np.bool_]) -> float:
+            began, losses = time.perf_counter(), []
+            for name, ids in self._validation_by_domain.items():
+                own_LEE = hard_graph(self.assembler(), conditions[name], graph_LEE, section.edges, roots)
+                with self.model.over(torch.from_numpy(own_LEE), conditions[name]):
+                    losses.append(float(self.model(input_ids=ids, labels=ids, use_cache=False).loss))
+            self.evaluation_seconds += time.perf_counter() - began
+            return float(np.mean(losses))
+
+        return loss
+
+    @cached_property
+    def _validation_by_domain(self) -> dict[str, torch.Tensor]:
+        rows = max(1, _VALIDATION_ROWS // len(self.corpus.domains))
+        return {
+            name: torch.from_numpy(domain_rows(splits, self.tokenizer, self.config.evaluation.window, rows, last=True))
+            for name, splits in self.corpus.domains.items()
+        }
 
     @cached_property
     def _validation_rows(self) -> torch.Tensor:

@@ -130,7 +130,7 @@ def _edit(server: Server, round_: int) -> dict[str, Any]:
         state.graph, *tables, roots=server.config.sam.roots, max_edits=section.max_edits,
         min_offered=section.min_offered,
     )  # fmt: skip
-    result = trial(state.graph, edits, server.validation_loss, section.edit_tolerance)
+    result = trial(state.graph, edits, server.loss_in_use(), section.edit_tolerance)
     state.graph = result.graph_LEE
     state.edits = state.edits.append(round_, result.kept)
     state.gamma = max(state.gamma, result.gamma)

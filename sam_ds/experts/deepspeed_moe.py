@@ -1,7 +1,8 @@
 """The `deepspeed` back end: the experts beside the roots in DeepSpeed's `MoE` layers, spread over ranks (design 3).
 
 The same routes and the same numbers as the `torch` back end. Roots and stand-ins stay outside the dispatch: an expert
-inside it that every token visits would make the capacity, to which all experts are padded, the number of tokens.
+inside it that every token visits would make the capacity, to which all experts are padded, the number of tokens. With
+ep_size 1 nothing is dispatched, and the gate is not asked: each expert gets its own tokens.
 Where ep_size does not divide the experts beside the roots, the last ranks hold one fewer.
 
 DeepSpeed computes MoE layers under ZeRO 0 to 2; its engine refuses stage 3.

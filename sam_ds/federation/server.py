@@ -339,8 +339,9 @@ class Server:
         """(L, E, E) -> nats a token of the sparse model where every domain routes over its own edges of that graph, and
         sends messages with its own gains, as clients do: what an edit of the graph is judged by. On a fixed batch of
         every domain's public (or valid) text."""
-        section, roots = self.config.federation, self.config.sam.roots
+        section, roots, began = self.config.federation, self.config.sam.roots, time.perf_counter()
         conditions = {name: condition for name, (_, condition) in self.domain_graphs().items()}
+        self.evaluation_seconds += time.perf_counter() - began
 
         @torch.no_grad()
         def loss(graph_LEE: NDArray[np.bool_]) -> float:

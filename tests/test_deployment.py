@@ -75,7 +75,7 @@ def test_a_worker_of_two_ranks_that_is_killed_is_started_anew(tiny, tmp_path):
     context = Context(run_id=1, node_id=5, node_config=node, state=RecordDict(), run_config=flatten(config))
 
     def register():
-        asked = {"tiers": ["small", "medium", "large"], "trains": "full", "base": fingerprint(out / "base")}
+        asked = {"trains": "full", "base": fingerprint(out / "base")}
         message = Message(RecordDict({"task": ConfigRecord(asked)}), 5, "query")
         message.metadata.__dict__["_message_id"] = "m"
         return relay(message, context)

@@ -24,7 +24,6 @@ from sam_ds.federation.node import identity
 from sam_ds.federation.relay import WorkerDied, connect, private_folder, relay, stop
 
 ROOT = Path(__file__).resolve().parent.parent
-TIERS = ("small", "medium", "large")
 
 
 class Alone:
@@ -228,8 +227,8 @@ def test_a_node_that_is_set_up_wrongly(folder):
     assert "partition_id must be >= 0" in refused({"partition-id": -1}, message(1))
     assert "has 'huge'; the run's are small" in refused({"partition-id": 0, "tiers": "huge"}, message(1))
     assert "client 0 is of the tier large" in refused({"partition-id": 0, "tiers": "small,medium"}, message(1, "large"))
-    asked = Message(RecordDict({"task": ConfigRecord({"tiers": list(TIERS), "trains": "full"})}), 99, "query")
-    assert "partition-id = 3 is none of the run's 3 clients" in refused({"partition-id": 3}, asked)
+    asked = Message(RecordDict({"task": ConfigRecord({"trains": "full"})}), 99, "query")
+    assert "partition-id = 8 is none of the run's 8 clients" in refused({"partition-id": 8}, asked)
     assert "client 1 is of the tier medium" in refused({"partition-id": 1, "tiers": "small"}, asked)
 
 

@@ -11,7 +11,7 @@ from flwr.app import MetricRecord
 from in_process import ClientCrash, Federation, assert_equal_states
 
 from sam_ds.bench.tampering import FAULTS, crash, scaled, without
-from sam_ds.clients.tiers import dealt_tiers
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation.graphs import UNKNOWN
 from sam_ds.federation.messages import blobs_of

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.ds_config import ds_config, read_ds_config
 from sam_ds.clients.memory import GIB, estimate
-from sam_ds.clients.tiers import check_tiers, dealt_tiers
+from sam_ds.clients.tiers import check_tiers
 from sam_ds.config import RunConfig, TierSection, ds_config_path, load_config
 from sam_ds.errors import InputError
 

@@ -1,8 +1,7 @@
-"""Device tiers: who gets which, and whether its memory can hold what the tier asks of it."""
+"""Device tiers: whether a device's memory can hold what its tier asks of it."""
 
 from __future__ import annotations
 
-import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
@@ -61,22 +60,3 @@ def check_tiers(dense: PreTrainedModel, config: RunConfig) -> dict[str, Estimate
                 f"memory_gib is {tier.memory_gib}; lower experts or train.batch, or use trains = 'lora'"
             )
     return found
-
-
-def dealt_tiers(config: RunConfig) -> list[str]:
-    """The tier of every client: shares by largest remainder, spread evenly over the clients' order so that each
-    domain gets every tier where there are enough clients."""
-    clients = config.federation.clients
-    names = [name for name, tier in config.tiers.items() if tier.share > 0.0]
-    exact = [config.tiers[name].share * clients for name in names]
-    counts = [int(value) for value in exact]
-    for index in sorted(range(len(names)), key=lambda i: counts[i] - exact[i])[: clients - sum(counts)]:
-        counts[index] += 1
-    dealt: list[str] = []
-    given = [0] * len(names)
-    for position in range(clients):
-        behind = [counts[i] * (position + 1) / clients - given[i] for i in range(len(names))]
-        index = int(torch.tensor(behind).argmax())
-        given[index] += 1
-        dealt.append(names[index])
-    return dealt

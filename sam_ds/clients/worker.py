@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.task import REGISTRATION_TOKENS, Result, Task, WorkerGroup
 from sam_ds.clients.tier_engine import TierEngine
 from sam_ds.config import RunConfig
@@ -35,6 +36,7 @@ class Worker:
         self.config = config
         self.folder = folder
         self.clients = clients
+        self.dealt = dealt_tiers(config)
         self._groups = {len(group.ranks): group for group in groups}
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._engines: dict[tuple[str, str], TierEngine] = {}

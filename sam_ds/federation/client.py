@@ -23,7 +23,7 @@ def register(worker: Worker, message: Message, context: Context) -> Message:
     asked = message.content["task"]
     if asked["base"] != fingerprint(worker.folder):
         raise InputError(f"the base model in {worker.folder} is not the one that the server has: copy the server's")
-    examples, scores, rates = worker.register(client, tier_of(message, client), asked["trains"])
+    examples, scores, rates = worker.register(client, tier_of(message, client, worker.dealt), asked["trains"])
     content = RecordDict(
         {
             "description": blob_record({"shared/scores": encode(scores), "shared/rates": encode(rates)}),

@@ -92,7 +92,7 @@ def _run(config: RunConfig, *, resume: bool) -> int:
         assert server_store is not None
         grid = DeepSpeedGrid(
             Mailbox(server_store), config.federation.clients, pods.count,
-            lambda message: pods.lanes(tier_of(message, message.metadata.dst_node_id - 1)),
+            lambda message: pods.lanes(tier_of(message, message.metadata.dst_node_id - 1, worker.dealt)),
         )  # fmt: skip
         thread = threading.Thread(target=_serve_app, args=(grid, config, failures), name="server-app")
         thread.start()

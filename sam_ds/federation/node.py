@@ -62,16 +62,16 @@ def client_of(node_config: Mapping[str, Scalar]) -> int:
     return int(node_config["partition-id"])
 
 
-def tier_of(message: Message, client: int) -> str:
-    """The tier of the client that a message is to. Raises InputError where the run has no such client."""
+def tier_of(message: Message, client: int, dealt: Sequence[str]) -> str:
+    """The tier of the client that a message is to: the task's word, or what the run deals it (`dealt_tiers`). Raises
+    InputError where the run has no such client."""
     asked = message.content["task"]
     if "tier" in asked:
         return str(asked["tier"])
-    tiers = asked["tiers"]
-    if not 0 <= client < len(tiers):
-        raise InputError(f"node-config partition-id = {client} is none of the run's {len(tiers)} clients: start the "
+    if not 0 <= client < len(dealt):
+        raise InputError(f"node-config partition-id = {client} is none of the run's {len(dealt)} clients: start the "
                          "SuperNodes with 0, 1, ...")
-    return str(tiers[client])
+    return dealt[client]
 
 
 def identity(config: RunConfig, tiers: Sequence[str]) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from transformers import AutoConfig, PreTrainedModel
 
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.memory import GIB, Estimate, slot_model
-from sam_ds.clients.tiers import check_tiers, dealt_tiers
+from sam_ds.clients.tiers import check_tiers
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.data.base_model import BaseRecipe, base_config
 from sam_ds.errors import InputError

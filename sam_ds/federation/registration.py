@@ -73,8 +73,7 @@ class Roster:
         """Ask the nodes that were not asked before; returns all that are connected."""
         server, connected = self._server, set(grid.get_node_ids())
         nodes = sorted(connected - self._asked)
-        # One for all: it holds every client's tier.
-        asked = ConfigRecord({"tiers": server.tiers, "trains": server.trains, "base": fingerprint(server.base)})
+        asked = ConfigRecord({"trains": server.trains, "base": fingerprint(server.base)})
         messages = [Message(RecordDict({"task": asked}), node, "query") for node in nodes]
         if messages:
             taken = zip(grid.push_messages(messages), nodes, strict=False)

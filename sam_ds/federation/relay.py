@@ -29,6 +29,7 @@ from flwr.common.serde import (
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.errors import InputError
 from sam_ds.federation.frames import receive, send
@@ -54,7 +55,7 @@ def relay(message: Message, context: Context) -> Message:
     next message starts another.
     """
     node, config = node_of(context.node_config, context.run_config)
-    tier = tier_of(message, client_of(context.node_config))
+    tier = tier_of(message, client_of(context.node_config), dealt_tiers(config))
     if node.tiers and tier not in node.tiers:
         raise InputError(f"this node is for clients of {', '.join(node.tiers)} (node-config tiers), but client "
                          f"{node.partition_id} is of the tier {tier}: give it another partition-id, or tiers")

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.generations import factor_seed, generation, weights_folder
 from sam_ds.clients.task import REGISTRATION_TOKENS
-from sam_ds.clients.tiers import dealt_tiers
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import Corpus, Splits

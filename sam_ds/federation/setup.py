@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sam_ds.clients.tiers import check_tiers, dealt_tiers
+from sam_ds.clients.dealing import dealt_tiers
+from sam_ds.clients.tiers import check_tiers
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.data.base_model import BaseRecipe, base_config, embedded_base_model
 from sam_ds.data.batches import pack

@@ -11,7 +11,7 @@ import pytest
 from in_process import Federation, task_for
 
 from sam_ds.cli import main
-from sam_ds.config import load_config
+from sam_ds.config import load_config, to_toml
 from sam_ds.errors import InputError
 from sam_ds.federation.metrics import active_flops
 from sam_ds.federation.participation import ClientPlan
@@ -48,6 +48,13 @@ def test_bytes_and_flops_are_those_of_a_run(tiny, new_worker, tmp_path, override
         )  # fmt: skip
         # The run visits top_k on average over the layers.
         assert own.flops == pytest.approx(active_flops(server, held, result.tokens), rel=0.05)
+
+
+def test_the_command_prints_a_table(tiny, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(tiny.config(tmp_path)))
+    assert main(["plan", str(path)]) == 0
+    assert "8 ranks in 8 groups of 1" in capsys.readouterr().out
 
 
 def test_groups_share_the_work(tiny, tmp_path):
@@ -103,8 +110,6 @@ def test_llama_2_7b_on_eight_a40(name, capsys, monkeypatch):
     assert phone["memory"]["weights"] < 0.18 * server["memory"]["weights"]
     share = config.tiers["phone"].experts / config.sam.num_experts
     assert phone["down"] <= (share + 0.02) * server["down"]
-    assert main(["plan", f"launch/{name}"]) == 0
-    assert "8 ranks in 8 groups of 1" in capsys.readouterr().out
     assert main(["plan", f"launch/{name}", "--gib", "24"]) == 2
     assert "it has 24" in capsys.readouterr().err
     assert main(["plan", f"launch/{name}", "--tflops", "0"]) == 2

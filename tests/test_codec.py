@@ -448,7 +448,7 @@ def test_unit_names():
     units = [SharedUnit("a"), ExpertUnit(10, 0, "up"), ExpertUnit(2, 1, "up"), ExpertUnit(2, 1, "down")]
     assert sorted(units) == [units[3], units[2], units[1], units[0]]
     assert len({*units, ExpertUnit(10, 0, "up")}) == 4
-    assert STYPE == "sam-ds.codec.v2"
+    assert STYPE == "sam-ds.codec.v3"
 
 
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,40}", fullmatch=True)

@@ -44,7 +44,8 @@ def replace_blobs(record: str, change: Callable[[Blobs], Mapping[str, bytes]]) -
     """Change the blobs of a record of the reply."""
 
     def tamper(reply: Message) -> Message:
-        reply.content[record] = blob_record(change(dict(blobs_of(reply.content[record]))))
+        blobs = {name: bytes(blob) for name, blob in blobs_of(reply.content[record]).items()}
+        reply.content[record] = blob_record(change(blobs))
         return reply
 
     return tamper

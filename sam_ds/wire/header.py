@@ -25,8 +25,8 @@ if it were made up.
 
 The version is raised whenever bytes that were written before would no longer be read as the same array, and a decoder
 reads its own version only: both ends of a federation run one release, and nothing is kept on disk in this form.
-Version 2 has another checksum than version 1, version 3 a header of two bytes more. `tests/golden/` holds a blob of every encoding and kind of values, which
-must be written and read bit for bit as long as the version stays.
+Version 2 has another checksum than version 1, version 3 a header of two bytes more. `tests/golden/` holds a blob of
+every encoding and kind of values, which must be written and read bit for bit as long as the version stays.
 """
 
 from __future__ import annotations

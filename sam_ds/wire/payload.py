@@ -27,8 +27,8 @@ from sam_ds.errors import InputError
 from sam_ds.wire.codec import CodecError, decode_body, encode, read_header
 from sam_ds.wire.device import encode_tensor
 
-STYPE = "sam-ds.codec.v2"
-"""Serialisation type of a blob of `header.py` in a Flower `Array`."""
+STYPE = "sam-ds.codec.v3"
+"""Serialisation type of a bundle (`bundle.py`) of blobs (`header.py`) in a Flower `Array`."""
 
 LARGEST = 1e30
 """In size, of a number of an update: times 1 / p and summed over any round, float32 still holds it."""
@@ -155,7 +155,7 @@ def encode_units(
 
 
 def decode_units(
-    blobs: Mapping[str, bytes],
+    blobs: Mapping[str, bytes | memoryview],
     *,
     expected: Mapping[Unit, tuple[int, ...]] | None = None,
     base_round: int | None = None,

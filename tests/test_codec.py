@@ -28,7 +28,7 @@ from sam_ds.wire.values import row_count
 from sam_ds.wire.varint import decode_varints, encode_varints
 from sam_ds.wire.zeros import Encoding
 
-HEADER = 26
+HEADER = 28
 ENCODINGS = {
     Encoding.DENSE: "dense",
     Encoding.RLE: "rle",
@@ -108,8 +108,8 @@ def test_sizes_by_hand():
         header = read_header(encode(array, **options))
         return ENCODINGS[header.encoding], header.values.name, len(header.body)
 
-    assert len(encode(np.ones((2, 3), np.float32))) == 26 + 2 * 8 + 6 * 4
-    assert len(encode(np.float64(1.0).reshape(()))) == 26 + 8
+    assert len(encode(np.ones((2, 3), np.float32))) == 28 + 2 * 8 + 6 * 4
+    assert len(encode(np.float64(1.0).reshape(()))) == 28 + 8
     assert body(np.ones(100, np.float32)) == ("dense", "RAW", 400)
     # 1000 zeros: a length of 0 bytes.
     assert body(np.zeros(1000, np.float32)) == ("delta-varint", "RAW", 1)
@@ -325,11 +325,12 @@ def test_forged_headers():
     for at, data in (
         (18, struct.pack("<Q", 2**63)),  # length of the body
         (18, struct.pack("<Q", 23)),
-        (26, struct.pack("<QQ", 2**62, 2**62)),  # shape
-        (26, struct.pack("<QQ", 0, 2**63)),
-        (26, struct.pack("<QQ", 3, 3)),
+        (28, struct.pack("<QQ", 2**62, 2**62)),  # shape
+        (28, struct.pack("<QQ", 0, 2**63)),
+        (28, struct.pack("<QQ", 3, 3)),
         (13, b"\xff"),  # ndim
-        (8, b"\x01"),  # version
+        (8, b"\x02"),  # version
+        (26, b"\x01"),  # what is zero
         (9, b"\x04"),  # encoding
         (10, b"\x03"),  # varint values of a float
         (11, bytes([len(DTYPES)])),
@@ -403,7 +404,7 @@ def test_forged_bodies():
     with pytest.raises(CodecError, match="no code"):  # -128
         decode(resealed(codes[:-1] + b"\x80"))
     scales = bytearray(codes)
-    scales[42:46] = struct.pack("<f", float("nan"))
+    scales[44:48] = struct.pack("<f", float("nan"))
     with pytest.raises(CodecError, match="scale"):
         decode(resealed(bytes(scales)))
 
@@ -418,7 +419,7 @@ def test_zstd_is_bounded_and_kept_only_if_smaller(monkeypatch):
     blob = encode(x, compress=True)
 
     def with_frame(frame):
-        return resealed(blob[:18] + struct.pack("<Q", len(frame)) + blob[26:34] + frame)
+        return resealed(blob[:18] + struct.pack("<Q", len(frame)) + blob[26:36] + frame)
 
     unknown_size = zstandard.ZstdCompressor(write_content_size=False).compress(x.tobytes())
     for frame in (
@@ -447,7 +448,7 @@ def test_unit_names():
     units = [SharedUnit("a"), ExpertUnit(10, 0, "up"), ExpertUnit(2, 1, "up"), ExpertUnit(2, 1, "down")]
     assert sorted(units) == [units[3], units[2], units[1], units[0]]
     assert len({*units, ExpertUnit(10, 0, "up")}) == 4
-    assert STYPE == "sam-ds.codec.v2"
+    assert STYPE == "sam-ds.codec.v3"
 
 
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,40}", fullmatch=True)
@@ -523,6 +524,27 @@ def test_an_update_round_trips():
         encode_units({GATE: np.ones(1, np.complex64)})
 
 
+@pytest.mark.parametrize("values", ["raw", "bf16", "int8"])
+def test_an_array_may_be_a_view_of_its_blob(values):
+    whole, part = np.ones((2, 4), np.float32), np.zeros((3, 40), np.float32)
+    part[1] = 2.0
+    blobs = encode_units({UP: whole, GATE: part}, values=values)
+    apart = decode_units(blobs)
+    got = decode_units(blobs, copy=False)
+    assert all(bits(got[unit]) == bits(apart[unit]) for unit in apart)
+    assert got[UP].flags.writeable == (values != "raw")
+    assert all(value.flags.writeable and value.flags.aligned for value in (got[GATE], *apart.values()))
+    # A blob that lies askew is copied: what reads arrays may want them aligned.
+    askew = memoryview(b"-" + blobs["expert/0/1/up"])[1:]
+    assert decode_units({"expert/0/1/up": askew}, copy=False)[UP].flags.aligned
+
+
+@pytest.mark.parametrize("size", [1e25, -1e25, 9e29])
+def test_numbers_whose_squares_float32_cannot_hold_are_accepted(size):
+    update = {GATE: np.array([1, size, 0], np.float32)}
+    assert bits(decode_units(encode_units(update))[GATE]) == bits(update[GATE])
+
+
 @pytest.mark.parametrize(
     ("reason", "change"),
     [
@@ -534,6 +556,7 @@ def test_an_update_round_trips():
         ("wrong-round", {"shared/gate": encode(np.ones(3, np.float32), base_round=4)}),
         ("not-finite", {"shared/gate": encode(np.array([1, np.inf, 0], np.float32), base_round=5)}),
         ("not-finite", {"shared/gate": encode(np.array([1, np.nan, 0], np.float32), base_round=5)}),
+        ("not-finite", {"shared/gate": encode(np.array([1, -1.1e30, 0], np.float32), base_round=5)}),
         ("corrupt", {"shared/gate": encode(np.ones(3, np.float32), base_round=5)[:-1]}),
         ("corrupt", {"shared/gate": b""}),
     ],

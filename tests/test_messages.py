@@ -25,6 +25,7 @@ from sam_ds.federation.messages import (
     task_of,
 )
 from sam_ds.graph.editlog import EditLog
+from sam_ds.wire.bundle import bundle
 from sam_ds.wire.codec import encode
 from sam_ds.wire.payload import RejectedUpdate, decode_units, encode_units
 
@@ -125,9 +126,15 @@ def test_bad_counters_are_refused(result, blob, reason):
 
 def test_another_serialisation_is_refused():
     """A pickle, for one."""
-    record = ArrayRecord({"shared/x": Array(np.zeros(3))})
-    with pytest.raises(RejectedUpdate, match="corrupt: 'shared/x' is of type 'numpy.ndarray'"):
-        blobs_of(record)
+    with pytest.raises(RejectedUpdate, match="corrupt: an array of type 'numpy.ndarray'"):
+        blobs_of(ArrayRecord({"blobs": Array(np.zeros(3))}))
+    for record in (ArrayRecord({}), ArrayRecord({"shared/x": Array(np.zeros(3))})):
+        with pytest.raises(RejectedUpdate, match=f"corrupt: {len(record)} arrays where one named 'blobs'"):
+            blobs_of(record)
+    cut = blob_record({"shared/x": b"1234"})
+    cut["blobs"].data = cut["blobs"].data[:-1]
+    with pytest.raises(RejectedUpdate, match="corrupt: the blob 'shared/x' of 4 bytes does not lie"):
+        blobs_of(cut)
 
 
 def test_bytes_are_counted_as_sent(tiny, tmp_path):
@@ -141,8 +148,9 @@ def test_bytes_are_counted_as_sent(tiny, tmp_path):
     counted = count_bytes(message, raw=123)
     assert (counted.raw, counted.message) == (123, serialised)
     # 14 of the 28 edges of either layer are there: a bit each, and a bit each of all.
-    extra = [encode(task.condition, base_round=1), *(encode(np.full(size, 255, np.uint8)) for size in (4, 7))]
-    assert counted.encoded == sum(map(len, blobs.values())) + sum(map(len, extra))
+    mine, whole = (encode(np.full(size, 255, np.uint8)) for size in (4, 7))
+    records = (blobs, {"condition": encode(task.condition, base_round=1)}, {"mine": mine, "whole": whole})
+    assert counted.encoded == sum(len(bundle(record)) for record in records)
     assert counted.encoded < counted.message
 
 

@@ -118,7 +118,7 @@ def test_edits_travel_to_whoever_was_away(federate):
         found = {}
         for message in federation.grid.sent:
             if message.metadata.message_type == "train":
-                facts, blobs = message.content["edits"], message.content["graph"]
+                facts, blobs = message.content["edits"], blobs_of(message.content["graph"])
                 assert ("whole" in blobs) == (facts["known"] == UNKNOWN)
                 assert ("missed" in blobs) == (UNKNOWN < facts["known"] < facts["count"])
                 found.setdefault(message.metadata.dst_node_id, []).append((facts["known"], facts["count"]))

@@ -71,8 +71,8 @@ def fold(replies: Replies, count: int) -> Aggregated[Unit]:
         turn = number % len(replies.blobs)
         # No name: one reply has to go before the next is decoded.
         aggregator.add(
-            decode_units(replies.blobs[turn], expected=replies.shapes[turn], base_round=1), weight=1.0,
-            probability=lambda unit: 0.5,
+            decode_units(replies.blobs[turn], expected=replies.shapes[turn], base_round=1, copy=False),
+            weight=1.0, probability=lambda unit: 0.5,
         )  # fmt: skip
     return aggregator.result()
 

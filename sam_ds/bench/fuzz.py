@@ -111,14 +111,14 @@ def mutated(blobs: list[bytes], draw: random.Random) -> tuple[bytes, bool]:
             field = draw.randint(8, 13)
             blob[field : field + 1] = bytes([draw.randrange(9)])
         else:
-            where = draw.choice((18, 26, 34))
+            where = draw.choice((18, 28, 36))
             blob[where : where + 8] = struct.pack("<Q", draw.choice((*_WIDE_EDGES, draw.randrange(200))))
         if not blob:
             break
     if draw.random() < 0.5 and len(blob) > 8:
         # Half of them with the length made right too, so that the body is reached.
-        if draw.random() < 0.5 and len(blob) > 26 and len(blob) >= 26 + 8 * blob[13]:
-            blob[18:26] = struct.pack("<Q", len(blob) - 26 - 8 * blob[13])
+        if draw.random() < 0.5 and len(blob) > 28 and len(blob) >= 28 + 8 * blob[13]:
+            blob[18:26] = struct.pack("<Q", len(blob) - 28 - 8 * blob[13])
         blob[4:8] = struct.pack("<I", crc32c(blob[8:]))
     # A change may also undo another, or make the header of one blob that of another.
     return bytes(blob), len(blob) > 8 and blob[4:8] == struct.pack("<I", crc32c(blob[8:]))

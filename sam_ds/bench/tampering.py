@@ -20,7 +20,7 @@ from sam_ds.federation.messages import blob_record, blobs_of
 from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.codec import decode, encode
 
-_LENGTH_AT, _SHAPE_AT = 18, 26
+_LENGTH_AT, _SHAPE_AT = 18, 28
 """Offsets of the codec's header (`wire/codec.py`)."""
 _NODE_UNAVAILABLE = 5
 """Flower's error code for a SuperNode that has gone."""
@@ -44,7 +44,8 @@ def replace_blobs(record: str, change: Callable[[Blobs], Mapping[str, bytes]]) -
     """Change the blobs of a record of the reply."""
 
     def tamper(reply: Message) -> Message:
-        reply.content[record] = blob_record(change(dict(blobs_of(reply.content[record]))))
+        blobs = {name: bytes(blob) for name, blob in blobs_of(reply.content[record]).items()}
+        reply.content[record] = blob_record(change(blobs))
         return reply
 
     return tamper

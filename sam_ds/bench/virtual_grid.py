@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from sam_ds.clients.task import Result
-from sam_ds.federation.messages import blob_record, message_bytes, result_content
+from sam_ds.federation.messages import blob_record, blobs_of, message_bytes, result_content
 from sam_ds.wire.codec import encode
 
 _AT_ONCE = 64
@@ -93,7 +93,7 @@ class VirtualGrid(Grid):
             return Message(RecordDict({"description": self._description, "metrics": facts}), reply_to=message)
         task: dict[str, Any] = dict(message.content["task"])
         round_ = task["round"]
-        blobs = {name: self._blob(round_, self._shapes[name]) for name in message.content["units"]}
+        blobs = {name: self._blob(round_, self._shapes[name]) for name in blobs_of(message.content["units"])}
         result = Result(
             deltas={}, counters=[np.ones((3, held, held), np.int64) for held in task["held-per-layer"]], examples=100,
             tokens=100, loss_first=1.0, loss_last=1.0, load_seconds=0.0, train_seconds=0.0, started=time.time(),

@@ -19,29 +19,35 @@ from flwr.common.serde import message_to_proto
 from numpy.typing import NDArray
 
 from sam_ds.clients.task import Result, Task
+from sam_ds.wire.bundle import bundle, unbundle
 from sam_ds.wire.codec import CodecError, decode, encode
 from sam_ds.wire.payload import STYPE, ByteCount, RejectedUpdate, decode_units
 
+_BLOBS = "blobs"
 _MAX_COUNTER_BYTES = 1 << 26
 _MAX_COUNT = 1 << 40
 """Of tokens or examples that one client can have: sums over clients and rounds stay within 64 bits."""
 
 
-def blob_record(blobs: Mapping[str, bytes]) -> ArrayRecord:
-    """Blobs by name as Flower arrays of our serialisation type."""
-    return ArrayRecord(
-        {name: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data) for name, data in blobs.items()}
-    )
+def blob_record(blobs: Mapping[str, bytes | memoryview]) -> ArrayRecord:
+    """Blobs by name as one Flower array of our serialisation type."""
+    data = bundle(blobs)
+    return ArrayRecord({_BLOBS: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
 
 
-def blobs_of(record: ArrayRecord) -> dict[str, bytes]:
-    """The blobs of a record. Raises RejectedUpdate for an array of any other serialisation type."""
+def blobs_of(record: ArrayRecord) -> dict[str, memoryview]:
+    """The blobs of a record. Raises RejectedUpdate for anything that `blob_record` would not have made."""
     if not isinstance(record, ArrayRecord):
         raise RejectedUpdate("corrupt", f"a {type(record).__name__} where arrays were asked for")
-    for name, array in record.items():
-        if array.stype != STYPE:
-            raise RejectedUpdate("corrupt", f"{name[:80]!r} is of type {array.stype[:40]!r}, not {STYPE!r}")
-    return {name: array.data for name, array in record.items()}
+    if list(record) != [_BLOBS]:
+        raise RejectedUpdate("corrupt", f"{len(record)} arrays where one named {_BLOBS!r} was asked for")
+    array = record[_BLOBS]
+    if array.stype != STYPE:
+        raise RejectedUpdate("corrupt", f"an array of type {array.stype[:40]!r}, not {STYPE!r}")
+    try:
+        return unbundle(array.data)
+    except CodecError as error:
+        raise RejectedUpdate("corrupt", str(error)) from None
 
 
 def message_bytes(message: Message) -> int:
@@ -50,12 +56,12 @@ def message_bytes(message: Message) -> int:
 
 
 def count_bytes(message: Message, raw: int) -> ByteCount:
-    """`raw` bytes of tensors, the bytes of their blobs, and of the message around them."""
+    """`raw` bytes of tensors, the bytes of their blobs and names, and of the message around them."""
     encoded = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
     return ByteCount(raw=raw, encoded=encoded, message=message_bytes(message))
 
 
-def task_content(task: Task, blobs: Mapping[str, bytes]) -> RecordDict:
+def task_content(task: Task, blobs: Mapping[str, bytes | memoryview]) -> RecordDict:
     """The content of a train message but for the graph; `blobs` are the encoded `task.units`."""
     extra = {}
     if task.condition is not None:
@@ -94,7 +100,7 @@ def task_of(content: RecordDict, graph_LEE: NDArray[np.bool_]) -> Task:
     )  # fmt: skip
 
 
-def result_content(result: Result, blobs: Mapping[str, bytes], round_: int, edits: int) -> RecordDict:
+def result_content(result: Result, blobs: Mapping[str, bytes | memoryview], round_: int, edits: int) -> RecordDict:
     """The content of a train reply; `blobs` are the encoded `result.deltas`, `edits` what the client's copy of the
     graph holds (`graphs.py`)."""
     counters = {

@@ -133,8 +133,11 @@ def decode(
     return decode_body(header, max_bytes=max_bytes, out=out), header.base_round
 
 
-def decode_body(header: Header, *, max_bytes: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-    """The array behind a header; `out` as for `decode`.
+def decode_body(
+    header: Header, *, max_bytes: int, out: NDArray[Any] | None = None, copy: bool = True
+) -> NDArray[Any]:
+    """The array behind a header; `out` as for `decode`. Without `copy` it is a read-only view of the blob where the
+    blob holds the array as it is.
 
     Raises:
         CodecError: the array would be larger than `max_bytes` or another than `out`, or the body is not one of
@@ -164,6 +167,8 @@ def decode_body(header: Header, *, max_bytes: int, out: NDArray[Any] | None = No
     if header.encoding is not Encoding.DENSE:
         index, count, body = unpack_positions(header.encoding, body, size)
     sent_P = unpack_values(body, count, kind, dtype)
+    if not copy and out is None and index is None and kind is Values.RAW and sent_P.flags.aligned:
+        return sent_P.view(dtype).reshape(header.shape)
     array = out if out is not None else (np.empty if index is None else np.zeros)(header.shape, dtype)
     if rounded:
         codes_N = sent_P if index is None else np.zeros(size, code_dtype(kind, dtype))

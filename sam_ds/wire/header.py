@@ -6,7 +6,7 @@ Layout, little endian:
 |---------------|---------|-------------------------------------------------------------------|
 | 0             | 4       | magic `SAMc`                                                      |
 | 4             | 4       | checksum: CRC32C of everything after it, header and body          |
-| 8             | 1       | version, 2                                                        |
+| 8             | 1       | version, 3                                                        |
 | 9             | 1       | encoding: 0 dense, 1 rle, 2 bitmap, 3 delta-varint (`zeros.py`)   |
 | 10            | 1       | values: 0 raw, 1 bf16, 2 int8, 3 varint, 4 int4 (`values.py`)     |
 | 11            | 1       | dtype: index into `DTYPES`                                        |
@@ -14,8 +14,9 @@ Layout, little endian:
 | 13            | 1       | ndim, at most 32                                                  |
 | 14            | 4       | base round: the round whose weights an update starts from         |
 | 18            | 8       | length of the body, bytes                                         |
-| 26            | 8 ndim  | shape                                                             |
-| 26 + 8 ndim   | length  | body: [scales, float32 a row] [positions] [values]                |
+| 26            | 2       | zero: the body of a blob that is aligned is aligned for float32    |
+| 28            | 8 ndim  | shape                                                             |
+| 28 + 8 ndim   | length  | body: [scales, float32 a row] [positions] [values]                |
 
 The checksum sits at a fixed place and covers the whole rest, so every burst of up to 32 changed bits is
 found. The encoder never writes a body longer than the dense one, so the decoder reads none: that bounds
@@ -24,8 +25,8 @@ if it were made up.
 
 The version is raised whenever bytes that were written before would no longer be read as the same array, and a decoder
 reads its own version only: both ends of a federation run one release, and nothing is kept on disk in this form.
-Version 2 has another checksum than version 1. `tests/golden/` holds a blob of every encoding and kind of values, which
-must be written and read bit for bit as long as the version stays.
+Version 2 has another checksum than version 1, version 3 a header of two bytes more. `tests/golden/` holds a blob of
+every encoding and kind of values, which must be written and read bit for bit as long as the version stays.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from sam_ds.wire.zeros import Encoding
 from sam_ds.wire.zstd import compressed
 
 MAGIC = b"SAMc"
-VERSION = 2
+VERSION = 3
 MAX_NDIM = 32
 DTYPES = tuple(
     np.dtype(name) for name in ("float32", "float64", "float16", "int32", "int64", "uint32", "uint8", "bool")
 )
 """What can be sent; the position in the tuple is the code in the header."""
 
-_HEAD = struct.Struct("<4sIBBBBBBIQ")
+_HEAD = struct.Struct("<4sIBBBBBBIQH")
 _CHECKED_FROM = 8
 _CACHED = 1 << 18
 """Bytes that are still in the cache when the checksum reads what was just copied."""
@@ -125,15 +126,15 @@ def read_header(blob: bytes | memoryview) -> Header:
     if len(view) < _HEAD.size:
         raise CodecError(f"{len(view)} bytes are too few for a header")
     fields = _HEAD.unpack_from(view)
-    magic, checksum, version, encoding, kind, dtype_code, flags, ndim, base_round, length = fields
+    magic, checksum, version, encoding, kind, dtype_code, flags, ndim, base_round, length, zero = fields
     if magic != MAGIC or version != VERSION:
         raise CodecError(f"magic {magic!r} version {version}: expected {MAGIC!r} version {VERSION}")
     if checksum != crc32c(view[_CHECKED_FROM:]):
         raise CodecError("the checksum does not match")
     if encoding not in _ENCODINGS or kind not in _KINDS or dtype_code >= len(DTYPES):
         raise CodecError(f"unknown encoding {encoding}, values {kind} or dtype {dtype_code}")
-    if flags & ~_ZSTD or ndim > MAX_NDIM:
-        raise CodecError(f"unknown flags {flags:#x} or too many dimensions ({ndim})")
+    if flags & ~_ZSTD or zero or ndim > MAX_NDIM:
+        raise CodecError(f"unknown flags {flags:#x}, {zero:#x} or too many dimensions ({ndim})")
     dtype = DTYPES[dtype_code]
     if not allowed(_KINDS[kind], dtype) or (dtype.kind == "b" and encoding == Encoding.DENSE):
         raise CodecError(f"encoding {encoding} with values {kind} is not written for {dtype}")
@@ -166,7 +167,7 @@ def make_draft(
         if len(squeezed) < length:
             sections, flags, length = [memoryview(squeezed)], _ZSTD, len(squeezed)
     head = _HEAD.pack(
-        MAGIC, 0, VERSION, encoding, kind, DTYPES.index(dtype), flags, len(shape), base_round, length
+        MAGIC, 0, VERSION, encoding, kind, DTYPES.index(dtype), flags, len(shape), base_round, length, 0
     )
     head += struct.pack(f"<{len(shape)}Q", *shape)
     return Draft(head=head, sections=sections, nbytes=len(head) + length)

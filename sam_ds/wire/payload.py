@@ -27,8 +27,11 @@ from sam_ds.errors import InputError
 from sam_ds.wire.codec import CodecError, decode_body, encode, read_header
 from sam_ds.wire.device import encode_tensor
 
-STYPE = "sam-ds.codec.v2"
-"""Serialisation type of a blob of `header.py` in a Flower `Array`."""
+STYPE = "sam-ds.codec.v3"
+"""Serialisation type of a bundle (`bundle.py`) of blobs (`header.py`) in a Flower `Array`."""
+
+LARGEST = 1e30
+"""In size, of a number of an update: times 1 / p and summed over any round, float32 still holds it."""
 
 _MAX_NAME = 255
 _SEGMENT = "[A-Za-z0-9_][A-Za-z0-9_-]*"
@@ -152,11 +155,12 @@ def encode_units(
 
 
 def decode_units(
-    blobs: Mapping[str, bytes],
+    blobs: Mapping[str, bytes | memoryview],
     *,
     expected: Mapping[Unit, tuple[int, ...]] | None = None,
     base_round: int | None = None,
     max_bytes: int = 2**31,
+    copy: bool = True,
 ) -> dict[Unit, NDArray[Any]]:
     """The arrays of an update, by unit, or none of them.
 
@@ -165,6 +169,7 @@ def decode_units(
         expected: the shape of every unit that must be there, and of no other; None accepts any.
         base_round: the round that every blob must start from; None accepts any.
         max_bytes: the largest sum of decoded arrays.
+        copy: without, an array may be a read-only view of its blob.
 
     Raises:
         RejectedUpdate: with the `reason`; shapes and rounds are looked at before an array is allocated.
@@ -185,16 +190,26 @@ def decode_units(
                 raise RejectedUpdate("wrong-round", f"{name} is of {header.base_round}, not {base_round}")
             if expected is not None and header.shape != expected[unit]:
                 raise RejectedUpdate("wrong-shape", f"{name} is {header.shape}, not {expected[unit]}")
-            array = decode_body(header, max_bytes=left)
+            array = decode_body(header, max_bytes=left, copy=copy)
         except CodecError as error:
             raise RejectedUpdate("corrupt", f"{name}: {error}") from None
-        # Both are NaN if any value is: no array of bools is made.
-        extremes = (array.max(initial=0), array.min(initial=0)) if array.dtype.kind == "f" else ()
-        if not all(map(math.isfinite, extremes)):
-            raise RejectedUpdate("not-finite", f"{name} holds NaN or infinity")
+        if array.dtype.kind == "f" and not _small(array):
+            raise RejectedUpdate("not-finite", f"{name} holds NaN, or numbers above {LARGEST:g}")
         left -= array.nbytes
         arrays[unit] = array
     return arrays
+
+
+def _small(array: NDArray[Any]) -> bool:
+    """Whether all values are at most `LARGEST`, and numbers."""
+    flat = array.reshape(-1)
+    if array.dtype == np.float32:
+        # One pass at the speed of memory; it is finite only where no value is above 1.9e19.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if math.isfinite(flat.dot(flat)):
+                return True
+    # Both are NaN if any value is: no array of bools is made.
+    return -LARGEST <= float(array.min(initial=0)) and float(array.max(initial=0)) <= LARGEST
 
 
 def _parse(name: str) -> Unit:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from sam_ds.clients.task import REGISTRATION_TOKENS
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus
+from sam_ds.data.splits import Corpus
 
 _VALIDATION_ROWS = 8
 

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.generations import factor_seed, generation, weights_folder
 from sam_ds.config import RunConfig
-from sam_ds.data.corpus import Corpus
 from sam_ds.data.partition import holder
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
 from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.calibrate import refit_layer

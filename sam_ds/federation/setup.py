@@ -17,8 +17,9 @@ from sam_ds.clients.tiers import check_tiers
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.data.base_model import BaseRecipe, base_config, embedded_base_model
 from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus, load_corpus
+from sam_ds.data.corpus import load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import from_pretrained, is_converted, readable
 from sam_ds.experts.config import SamConfig

@@ -157,6 +157,25 @@ def test_a_cell_that_fails_or_runs_elsewhere_does_not_stop_the_others(tiny, tmp_
 
 
 @pytest.mark.distributed
+def test_a_cell_that_another_process_has_run_meanwhile_is_not_run_again(tiny, tmp_path, capsys, monkeypatch):
+    text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("seeds = [0, 1]", "seeds = [0]")
+    suite = Suite(write(tmp_path, text))
+    _, *others = suite.cells(suite.tables["main"], {})
+    results, asked = tmp_path / "results.jsonl", []
+
+    def stands_in(command, *, stdout, **_):
+        asked.append(Path(command[-1].removeprefix("out=")).name.split("-")[0])
+        results.write_text("".join(json.dumps({"digest": cell.digest, "diverged": True}) + "\n" for cell in others))
+        stdout.write("something broke")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("subprocess.run", stands_in)
+    arguments = ["bench", "federation", "--config", str(tmp_path / "suite.toml"), "--results", str(results)]
+    assert main([*arguments, "--runs", str(tmp_path / "runs"), "--jobs", "1"]) == 2
+    assert len(others) > 1 and asked == ["sam"]
+
+
+@pytest.mark.distributed
 def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     base = dict(setting.split("=") for setting in SETTINGS)
     base |= {"federation.rounds": "1", "federation.clients": "3", "evaluation.split": '"test"'}

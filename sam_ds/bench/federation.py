@@ -123,6 +123,9 @@ def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
+        if cell.digest in read_results(results):
+            # Another process has run it since this one looked.
+            return
         (folder / "given.toml").write_text(to_toml(cell.config))
         if (folder / "config.toml").exists():
             arguments = ["--resume", str(folder)]

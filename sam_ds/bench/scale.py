@@ -159,8 +159,7 @@ def _extrapolated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     pair = large["state_bytes"] / _PAIRS_HERE
     return [
         {"clients": clients, "register_s": clients * large["register_ms"] / 1e3,
-         # Everybody is told the tier of everybody.
-         "asked_mb": large["asked_mb"] * (clients / large["clients"]) ** 2,
+         "asked_mb": line("asked_mb", clients),
          "plan_s": line("plan_ms", clients) / 1e3, "checkpoint_s": line("checkpoint_ms", clients) / 1e3,
          "checkpoint_mb": line("checkpoint_mb", clients), "checkpoint_mb of 32 x 16": clients * pair * 512 / 1e6}
         for clients in (10**3, 10**4, 10**5, 10**6)

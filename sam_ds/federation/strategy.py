@@ -27,7 +27,7 @@ from sam_ds.federation.exchange import Exchange
 from sam_ds.federation.folding import Folding
 from sam_ds.federation.graphs import UNKNOWN, graph_records
 from sam_ds.federation.judging import evaluate, validation_loss
-from sam_ds.federation.messages import count_bytes, task_content
+from sam_ds.federation.messages import blobs_of, count_bytes, task_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
@@ -35,6 +35,7 @@ from sam_ds.federation.privacy import spent
 from sam_ds.federation.registration import Roster
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
+from sam_ds.wire.bundle import bundle
 from sam_ds.wire.payload import ByteCount, RejectedUpdate, Unit, encode_units, unit_name
 
 
@@ -55,8 +56,7 @@ class SamStrategy(Strategy):
         self._planned: Planned | None = None
         self._asked: list[ClientPlan] = []
         """The clients of the round that have a node, in the order of their messages."""
-        self._seconds: list[float] = []
-        """How long each of them has."""
+        self._timeout = server.config.federation.timeout_seconds
         self._down: dict[int, ByteCount] = {}
         self._clock = RoundClock()
         self._known: dict[int, int] = {}
@@ -83,9 +83,9 @@ class SamStrategy(Strategy):
         InputError when the grid has too few nodes."""
         server, config = self.server, self.server.config
         rounds = num_rounds or config.federation.rounds
-        timeout = timeout or config.federation.timeout_seconds
+        self._timeout = timeout or config.federation.timeout_seconds
         self.summary()
-        self._roster.open(grid, timeout)
+        self._roster.open(grid, self._timeout)
         if server.state.round == 0 and not server.state.losses:
             self._evaluate_round(0)
         progress = tqdm(
@@ -94,7 +94,7 @@ class SamStrategy(Strategy):
         )  # fmt: skip
         for round_ in progress:
             for attempt in range(config.federation.void_retries + 1):
-                if self._round(grid, round_, timeout, attempt):
+                if self._round(grid, round_, attempt):
                     break
                 tqdm.write(f"round {round_}: nobody gave a valid answer (attempt {attempt + 1}), the round is void")
             else:
@@ -106,18 +106,17 @@ class SamStrategy(Strategy):
         self._exchange.refuse_late(grid)
         return Result()
 
-    def _round(self, grid: Grid, round_: int, timeout: float, attempt: int) -> bool:
+    def _round(self, grid: Grid, round_: int, attempt: int) -> bool:
         """One round; False if nobody gave a valid answer, with the state as it was."""
         self._clock = RoundClock()
         evaluated = self.server.evaluation_seconds
         self._exchange.refuse_late(grid)
         self._roster.join(grid)
         messages = list(self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid))
-        tiers = self.server.config.tiers
-        self._seconds = [tiers[client.tier].timeout_seconds or timeout for client in self._asked]
+        seconds = [self._patience(client) for client in self._asked]
         shutil.rmtree(self._spool, ignore_errors=True)
         self._spool.mkdir(parents=True)
-        _, metrics = self.aggregate_train(round_, self._exchange.replies(grid, messages, self._seconds))
+        _, metrics = self.aggregate_train(round_, self._exchange.replies(grid, messages, seconds))
         shutil.rmtree(self._spool)
         if metrics is None:
             return False
@@ -167,7 +166,10 @@ class SamStrategy(Strategy):
             # Taken back until the client says it again: a reply that fails may be for want of the graph.
             known = self._known.pop(nodes[client.client], UNKNOWN)
             content.update(graph_records(server.state.graph, server.state.edits, task.graph_LEE, known))
-            message = Message(content, nodes[client.client], "train", group_id=str(server_round))
+            # A node that comes back when nobody waits any more finds nothing to do.
+            message = Message(
+                content, nodes[client.client], "train", ttl=self._patience(client), group_id=str(server_round)
+            )
             self._down[client.client] = self._counted(message, units, also=task.standins)
             yield message
 
@@ -225,18 +227,25 @@ class SamStrategy(Strategy):
         turn = self._asked.index(client)
         if not self._exchange.sent(turn):
             return RejectedUpdate("not-sent", "the grid did not take the message: Flower's log says why")
-        return RejectedUpdate("no-answer", f"nothing came within {self._seconds[turn]:g} s")
+        return RejectedUpdate("no-answer", f"nothing came within {self._patience(self._asked[turn]):g} s")
+
+    def _patience(self, client: ClientPlan) -> float:
+        """Seconds that a client has for a round."""
+        return self.server.config.tiers[client.tier].timeout_seconds or self._timeout
 
     def _counted(
         self, message: Message, values: Mapping[Unit, NDArray[np.float32]], also: NDArray[np.float32] | None = None
     ) -> ByteCount:
         """The bytes of a message, less what only a simulation sends: the units that stay with their client."""
-        stay = [unit for unit in values if self.server.method.stays(unit)]
-        raw = sum(value.nbytes for value in values.values()) - sum(values[unit].nbytes for unit in stay)
-        total = count_bytes(message, raw + (0 if also is None else also.nbytes))
-        blobs = message.content.array_records["units"]
-        kept = sum(len(blobs[unit_name(unit)].data) for unit in stay)
-        return ByteCount(raw=total.raw, encoded=total.encoded - kept, message=total.message - kept)
+        raw = sum(value.nbytes for value in values.values()) + (0 if also is None else also.nbytes)
+        total = count_bytes(message, raw)
+        if not (stay := {unit_name(unit): value for unit, value in values.items() if self.server.method.stays(unit)}):
+            return total
+        blobs = blobs_of(message.content["units"])
+        sent = {name: blob for name, blob in blobs.items() if name not in stay}
+        kept = len(bundle(blobs)) - len(bundle(sent))
+        raw -= sum(value.nbytes for value in stay.values())
+        return ByteCount(raw=raw, encoded=total.encoded - kept, message=total.message - kept)
 
     def _log_client(self, round_: int, client: ClientPlan, *, status: str, **facts: Any) -> None:
         zero = ByteCount(raw=0, encoded=0, message=0)

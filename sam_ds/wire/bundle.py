@@ -25,7 +25,9 @@ _HEAD = struct.Struct("<II")
 
 
 def bundle(blobs: Mapping[str, bytes | memoryview]) -> bytes:
-    """The blobs, in their order. Names have no line feeds."""
+    """The blobs, in their order; nothing where there are none. Names have no line feeds."""
+    if not blobs:
+        return b""
     names = "".join(f"{name}\n" for name in blobs).encode()
     assert names.count(b"\n") == len(blobs), "a line feed in a name"
     pieces: list[bytes | memoryview] = [
@@ -42,11 +44,13 @@ def bundle(blobs: Mapping[str, bytes | memoryview]) -> bytes:
 def unbundle(data: bytes | memoryview) -> dict[str, memoryview]:
     """The blobs as views of the bundle. Raises CodecError for anything that `bundle` would not have written."""
     view = memoryview(data).cast("B")
+    if not len(view):
+        return {}
     if len(view) < _HEAD.size:
         raise CodecError(f"{len(view)} bytes are too few for a bundle")
     count, length = _HEAD.unpack_from(view)
     at = _HEAD.size + 8 * count + length
-    if at > len(view):
+    if count == 0 or at > len(view):
         raise CodecError(f"{count} blobs with names of {length} bytes do not fit in {len(view)} bytes")
     lengths = struct.unpack_from(f"<{count}Q", view, _HEAD.size)
     try:

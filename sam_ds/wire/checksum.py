@@ -1,17 +1,14 @@
-"""CRC32C: the Castagnoli polynomial (RFC 3720, appendix B.4), which CPUs have an instruction for.
+"""CRC32C: the Castagnoli polynomial (RFC 3720, appendix B.4), sure to find every burst of up to 32 changed bits.
 
-Nearly twice as fast as zlib's CRC32, five times on what is in the cache, and, like it, sure to find every burst of up
-to 32 changed bits.
+The package folds with carry-less multiplications: as fast as memory is read, where the CRC32 instruction alone takes
+three times as long.
 """
 
 from __future__ import annotations
 
-import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
+from fastcrc import crc32
 
 
-def crc32c(data: bytes | memoryview | NDArray[np.uint8], before: int = 0) -> int:
+def crc32c(data: bytes | bytearray | memoryview, before: int = 0) -> int:
     """The checksum of bytes that follow those whose checksum is `before`; nothing is copied."""
-    # Of the types with a buffer the package takes only bytes and arrays.
-    return int(google_crc32c.extend(before, np.frombuffer(data, dtype=np.uint8)))
+    return crc32.iscsi(data, before)

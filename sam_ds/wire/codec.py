@@ -151,6 +151,11 @@ def decode_body(
             raise InputError("out must be contiguous and writeable")
         if out.shape != header.shape or out.dtype != dtype:
             raise CodecError(f"an array of {dtype} {header.shape} where {out.dtype} {out.shape} was expected")
+    as_it_is = header.encoding is Encoding.DENSE and kind is Values.RAW and not header.compressed
+    if as_it_is and not copy and out is None and len(header.body) == header.nbytes:
+        view: NDArray[Any] = np.frombuffer(header.body, dtype)
+        if view.flags.aligned:
+            return view.reshape(header.shape)
     rounded = kind is Values.BF16 or kind in STEPS
     rows = row_count(header.shape, size) if kind in STEPS else 0
     dense = (size + 7) // 8 if dtype.kind == "b" else 4 * rows + fixed_size(size, kind, dtype)
@@ -167,8 +172,6 @@ def decode_body(
     if header.encoding is not Encoding.DENSE:
         index, count, body = unpack_positions(header.encoding, body, size)
     sent_P = unpack_values(body, count, kind, dtype)
-    if not copy and out is None and index is None and kind is Values.RAW and sent_P.flags.aligned:
-        return sent_P.view(dtype).reshape(header.shape)
     array = out if out is not None else (np.empty if index is None else np.zeros)(header.shape, dtype)
     if rounded:
         codes_N = sent_P if index is None else np.zeros(size, code_dtype(kind, dtype))

@@ -6,7 +6,7 @@ else the ClientApp starts it. `python launch/client_worker.py --stop` ends it. S
 
 import sys
 
-from sam_ds.federation.resident import main
+from sam_ds.federation.supernode.resident import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

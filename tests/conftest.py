@@ -126,3 +126,19 @@ def new_worker(tiny: Any, one_rank: Any, tmp_path_factory: pytest.TempPathFactor
     yield make
     for worker in made.values():
         worker.close()
+
+
+@pytest.fixture
+def federate(tiny: Any, new_worker: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """`federate(*overrides, worker=(), start=True, **grid)` -> the tiny `Federation` with these keys, which has run;
+    `worker`: the keys that its clients know."""
+    from in_process import Federation
+
+    count = iter(range(100))
+
+    def run(*overrides: str, worker: tuple[str, ...] = (), start: bool = True, **grid: Any) -> Any:
+        config = tiny.config(tmp_path / str(next(count)), *overrides)
+        federation = Federation.of(config, tiny.base, new_worker(*worker), **grid)
+        return federation.start() if start else federation
+
+    return run

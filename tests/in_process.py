@@ -11,14 +11,18 @@ import numpy as np
 
 from sam_ds.bench.in_process import ClientCrash, Federation, InProcessGrid, Late, over_the_wire, worker_of
 from sam_ds.bench.tiny import SETTINGS, Tiny, write_corpus, write_model, write_tiny
+from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.task import Task
+from sam_ds.config import RunConfig
 from sam_ds.federation.methods.sam import condition_of
+from sam_ds.federation.participation import sample_clients
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import ServerState, save_checkpoint
 
 __all__ = [
     "SETTINGS", "ClientCrash", "Federation", "InProcessGrid", "Late", "Stopped", "Tiny", "assert_equal_states",
-    "copy_base", "over_the_wire", "stop_at", "task_for", "worker_of", "write_corpus", "write_model", "write_tiny",
+    "copy_base", "first_clients", "over_the_wire", "status", "stop_at", "task_for", "worker_of", "write_corpus",
+    "write_model", "write_tiny",
 ]  # fmt: skip
 
 
@@ -64,6 +68,20 @@ def assert_equal_states(one: Any, other: Any) -> None:
     assert (one.standins is None) == (other.standins is None)
     if one.standins is not None:
         np.testing.assert_array_equal(one.standins, other.standins)
+
+
+def status(federation: Federation, client: int | None = None, round_: int = 1) -> Any:
+    """How a client fared in a round, or of all that were drawn how each did."""
+    found = {r["client"]: r["status"] for r in federation.records("client") if r["round"] == round_}
+    return found if client is None else found[client]
+
+
+def first_clients(config: RunConfig) -> list[int]:
+    """Who is drawn in round 1."""
+    section = config.federation
+    drawn, _ = sample_clients(config.seed, 1, tiers=dealt_tiers(config),
+                              per_round=section.clients_per_round, scheme=section.sampling)  # fmt: skip
+    return [int(client) for client in drawn]
 
 
 def task_for(server: Server, client: int, *, round_: int = 1, seed: int = 0) -> Task:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sam_ds.data import base_model
 from sam_ds.data.base_model import BaseRecipe, embedded_base_model, train_tokenizer
-from sam_ds.data.corpus import Splits, build_corpus
+from sam_ds.data.splits import Splits, build_corpus
 from sam_ds.errors import InputError
 
 TINY = BaseRecipe(vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64, context=64,

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 import sam_ds.data.embedded as embedded
 from sam_ds.data.base_model import train_tokenizer
 from sam_ds.data.batches import batch_indices, pack
-from sam_ds.data.corpus import Splits, build_corpus, load_corpus
+from sam_ds.data.corpus import load_corpus
 from sam_ds.data.partition import (
     DirichletPartitioner,
     IidPartitioner,
     NaturalIdPartitioner,
     partition_clients,
 )
+from sam_ds.data.splits import Splits, build_corpus
 from sam_ds.errors import InputError
 
 SPLITS = ("public", "train", "valid", "test")
@@ -217,7 +218,7 @@ def test_embedded_corpus_is_deterministic(installed):
 
 
 def test_embedded_corpus_heeds_forgetting(installed, monkeypatch):
-    monkeypatch.setattr(embedded, "embedded_corpus", lambda: installed)
+    monkeypatch.setattr("sam_ds.data.corpus.embedded_corpus", lambda: installed)
     legal = installed.domains["legal"]
     forgotten = load_corpus("embedded", forgetting=("legal",)).domains["legal"]
     assert forgotten.public == legal.public + legal.train and forgotten.train == ()

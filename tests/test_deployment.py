@@ -22,7 +22,7 @@ from sam_ds.config import flatten
 from sam_ds.experts.checkpoint import fingerprint
 from sam_ds.federation.grid import identify
 from sam_ds.federation.metrics import read_records
-from sam_ds.federation.relay import WorkerDied, private_folder, relay, stop
+from sam_ds.federation.supernode.relay import WorkerDied, private_folder, relay, stop
 
 TINY = (*SETTINGS, "federation.rounds=3", "federation.clients=3", "federation.edit_every=2", "tiers.large.ranks=2")
 

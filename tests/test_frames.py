@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sam_ds.federation.frames import LIMIT, BrokenFrame, pack, receive, send, unpack
+from sam_ds.federation.supernode.frames import LIMIT, BrokenFrame, pack, receive, send, unpack
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from sam_ds.experts.nf4 import to_nf4
 from sam_ds.experts.slots import to_slots
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.experts.units import prepare
+from sam_ds.federation.judging import evaluate
 from sam_ds.federation.state import load_checkpoint
 from sam_ds.wire.payload import ExpertUnit
 
@@ -384,9 +385,9 @@ def test_what_is_of_the_merged_model_sends_nothing(talking, one_rank):
     worker.close()
     assert not any(delta.any() for unit, delta in deltas.items() if getattr(unit, "tensor", "") == "gain")
     assert all(delta.any() for unit, delta in deltas.items() if getattr(unit, "tensor", "") == "down")
-    before = server.evaluate("valid", 64)
+    before = evaluate(server, "valid", 64)
     set_gains(server.model, std=1.0)
-    after = server.evaluate("valid", 64)
+    after = evaluate(server, "valid", 64)
     server.follow_state()
     assert after["merged"] == before["merged"] and after["sparse"] != before["sparse"]
 

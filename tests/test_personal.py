@@ -19,6 +19,7 @@ from sam_ds.errors import InputError
 from sam_ds.evaluation.domains import perplexity_by_domain
 from sam_ds.evaluation.reading import token_rows
 from sam_ds.experts.personal import describe_text
+from sam_ds.federation.judging import evaluate, loss_in_use
 from sam_ds.graph.dag import check_graph, random_graph
 
 LARGE = 5  # a client of the tier that holds all experts
@@ -49,11 +50,11 @@ def test_an_edit_is_judged_by_what_every_domain_uses(server):
     """The mean over the domains of the loss over each one's own best edges of the edited graph."""
     edited = np.zeros_like(server.state.graph)
     edited[:, 0, server.config.sam.roots :] = True  # every token may go anywhere, from the first root
-    loss, found = server.loss_in_use(), []
+    loss, found = loss_in_use(server), []
     for graph in (server.state.graph, edited):
         own = []
         for name in server.corpus.domains:
-            seen, rows = server._domain_ids[name], server._validation_by_domain[name]
+            seen, rows = server.public.of_domains[name], server.public.validation_of_domains[name]
             condition = personal_graph(server.model, seen, edges=9).condition
             with server.model.over(torch.from_numpy(graph)):
                 mine = personal_graph(server.model, seen, edges=9)
@@ -138,7 +139,7 @@ def test_what_cannot_be_is_refused(tiny, folder, tiny_llama):
 
 def test_the_sparse_score_of_a_domain_is_over_its_graph(server):
     """Made of the domain's public text, with as many edges as a client has."""
-    found = server.evaluate("valid", 128)
+    found = evaluate(server, "valid", 128)
     graphs = []
     for name, splits in server.corpus.domains.items():
         ids_BS = torch.from_numpy(pack(splits.public, server.tokenizer, 32, limit_tokens=2048))

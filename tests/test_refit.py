@@ -26,7 +26,6 @@ from sam_ds.experts.calibrate import refit_layer
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.federation import strategy as strategy_module
 from sam_ds.federation.run import run_server
-from sam_ds.federation.server import calibration_rows
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.wire.payload import ExpertUnit
 
@@ -67,7 +66,7 @@ def test_standins_follow_the_experts(new_server):
     server = new_server()
     drift(server, 0.1)
     model, layer = server.model, server.model.sam_layers[0]
-    ids_BS = torch.from_numpy(calibration_rows(server.config, server.corpus, server.tokenizer))
+    ids_BS = server.public.calibration
     bases = [layer.sam.basis_dq.clone(), layer.sam.spread_pd.clone()]
 
     def error():
@@ -103,7 +102,7 @@ def test_the_layers_before_are_the_refitted_ones(new_server):
     server = new_server()
     drift(server, 0.1)
     server.refit_standins()
-    ids_BS = torch.from_numpy(calibration_rows(server.config, server.corpus, server.tokenizer))
+    ids_BS = server.public.calibration
     layer = server.model.sam_layers[1]
     own = refit_layer(layer, layer_input(server.model, layer, [ids_BS]), seed=server.config.seed + 1)
     torch.testing.assert_close(own, layer.sam.core_SQp, atol=1e-5 * float(own.abs().max()), rtol=1e-3)

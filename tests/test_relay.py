@@ -16,12 +16,12 @@ from flwr.clientapp import ClientApp
 
 from sam_ds.config import RunConfig, flatten
 from sam_ds.errors import InputError
-from sam_ds.federation import relay as module
-from sam_ds.federation import resident, resident_rank
-from sam_ds.federation.door import Door
 from sam_ds.federation.grid import Mailbox, TaskQueue, identify, serve
-from sam_ds.federation.node import identity
-from sam_ds.federation.relay import WorkerDied, connect, private_folder, relay, stop
+from sam_ds.federation.supernode import relay as module
+from sam_ds.federation.supernode import resident, resident_rank
+from sam_ds.federation.supernode.config import identity
+from sam_ds.federation.supernode.door import Door
+from sam_ds.federation.supernode.relay import WorkerDied, connect, private_folder, relay, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -259,7 +259,7 @@ def test_a_start_that_fails_says_why(folder, tmp_path, monkeypatch):
 
 
 def test_a_process_that_only_relays_loads_no_torch():
-    program = ("import sys, sam_ds.federation.apps, sam_ds.federation.relay\n"
+    program = ("import sys, sam_ds.federation.apps, sam_ds.federation.supernode.relay\n"
                "print(*({'torch', 'transformers', 'deepspeed', 'scipy'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stdout.split(), (done.stdout, done.stderr)

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from sam_ds.bench.conversion import SAM, Cell, active_of, distillation_of, measure, score, settings_of
 from sam_ds.bench.options import numbers
 from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus, load_corpus
+from sam_ds.data.corpus import load_corpus
+from sam_ds.data.splits import Corpus
 from sam_ds.discovery.kmeans import check_divides
 from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.baselines import BASELINES

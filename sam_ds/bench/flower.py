@@ -39,7 +39,7 @@ from sam_ds.clients.task import WorkerGroup
 from sam_ds.config import RunConfig, flatten, load_config
 from sam_ds.errors import InputError
 from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, answering, identify, open_stores, serve
-from sam_ds.federation.relay import private_folder, stop
+from sam_ds.federation.supernode.relay import private_folder, stop
 
 RANKS = 2
 _ROUND = [

@@ -26,6 +26,7 @@ from sam_ds.clients.worker import Worker
 from sam_ds.config import load_config
 from sam_ds.errors import RunStopped
 from sam_ds.federation.aggregation import ROBUST
+from sam_ds.federation.judging import evaluate
 from sam_ds.federation.methods.registry import configured
 from sam_ds.federation.run import prepare
 from sam_ds.federation.setup import clients_of, corpus_of
@@ -115,4 +116,4 @@ def _perplexity(federation: Federation) -> float:
         federation.start()
     except RunStopped:
         return math.inf
-    return float(federation.server.evaluate("test", federation.config.evaluation.test_tokens)["merged"]["headline"])
+    return float(evaluate(federation.server, "test", federation.config.evaluation.test_tokens)["merged"]["headline"])

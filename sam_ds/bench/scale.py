@@ -27,7 +27,8 @@ from sam_ds.bench.memory import resident
 from sam_ds.bench.options import check_sizes, numbers
 from sam_ds.bench.virtual_grid import VirtualGrid
 from sam_ds.config import RunConfig, load_config
-from sam_ds.data.corpus import Corpus, load_corpus
+from sam_ds.data.corpus import load_corpus
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
 from sam_ds.federation.grid import identify
 from sam_ds.federation.methods.base import Planned

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sam_ds.data.batches import batch_indices, pack
-from sam_ds.data.corpus import Corpus
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"

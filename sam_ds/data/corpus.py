@@ -1,59 +1,19 @@
-"""A corpus: named domains, each cut into public, train, valid and test documents.
-
-Clients hold train documents only. The public documents are what the server may read: a base model is trained
-on them, experts are found with them, stand-ins are refitted on them. A *forgetting* domain is held by no
-client, so what a run loses on it is what it forgets.
-"""
+"""Reading a corpus: the embedded one, a folder of files, or a data set by name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from sam_ds.data.embedded import embedded_corpus
+from sam_ds.data.splits import Corpus, Splits, build_corpus
 from sam_ds.errors import InputError, nearest
 
 SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Splits:
-    """The documents of one domain; no document is in two of them."""
-
-    public: tuple[str, ...]
-    train: tuple[str, ...]
-    valid: tuple[str, ...]
-    test: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """Domains in alphabetical order; `fingerprint`: 16 hex digits of their names and texts, in order."""
-
-    name: str
-    domains: dict[str, Splits]
-    fingerprint: str
-
-    @property
-    def public(self) -> tuple[str, ...]:
-        """The public documents of all domains."""
-        return tuple(text for splits in self.domains.values() for text in splits.public)
-
-
-def build_corpus(name: str, domains: Mapping[str, Splits]) -> Corpus:
-    """A corpus of these domains, sorted and fingerprinted."""
-    digest = hashlib.sha256()
-    for domain in sorted(domains):
-        for split in fields(Splits):
-            texts: tuple[str, ...] = getattr(domains[domain], split.name)
-            for part in (domain, split.name, str(len(texts)), *texts):
-                encoded = part.encode("utf-8", "surrogatepass")
-                digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    ordered = {domain: domains[domain] for domain in sorted(domains)}
-    return Corpus(name=name, domains=ordered, fingerprint=digest.hexdigest()[:16])
 
 
 def load_corpus(data: str, *, public_every: int = 4, forgetting: Sequence[str] = ()) -> Corpus:
@@ -73,10 +33,7 @@ def load_corpus(data: str, *, public_every: int = 4, forgetting: Sequence[str] =
     if public_every < 0:
         raise InputError(f"public_every must be 0 (no public documents) or more, got {public_every}")
     if data == "embedded":
-        from sam_ds.data.embedded import embedded_corpus  # it builds on this file
-
-        corpus = embedded_corpus()
-        domains = dict(corpus.domains)
+        domains = dict(embedded_corpus().domains)
     else:
         domains = {name: _publish(splits, public_every) for name, splits in _read(data).items()}
     for name in forgetting:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from sam_ds.data.corpus import Corpus, Splits, build_corpus
+from sam_ds.data.splits import Corpus, Splits, build_corpus
 from sam_ds.errors import InputError
 
 DOMAIN_CHARS = 750_000  # of a domain, all splits

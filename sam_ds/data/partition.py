@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sam_ds.data.corpus import Corpus
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
 
 Document = tuple[str, str]  # domain, text

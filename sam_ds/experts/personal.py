@@ -106,6 +106,12 @@ def _described(model: PreTrainedModel, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def text_condition(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    """(L, E + 1) what the assembler of a model that holds all experts knows of a text (B, S)."""
+    return client_condition(_described(model, ids_BS)[0], 1.0)
+
+
+@torch.no_grad()
 def personal_graph(
     model: PreTrainedModel, ids_BS: Tensor, *, edges: int, experts: int | None = None
 ) -> PersonalGraph:

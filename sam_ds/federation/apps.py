@@ -1,7 +1,7 @@
 """The Flower apps: the same two objects run under `deepspeed launch/run_federation.py` and under `flwr run`.
 
 A rank that trains has a `Worker`, and does what `client.py` says. Any other process that runs the ClientApp, as Flower
-starts one for every message, passes the message on to the resident worker of its node (`relay.py`): it loads neither
+starts one for every message, passes the message on to the resident worker of its node (`supernode/`): it loads neither
 torch nor transformers.
 """
 
@@ -59,6 +59,6 @@ def set_worker(worker: Worker) -> None:
 
 
 def _relayed(message: Message, context: Context) -> Message:
-    from sam_ds.federation.relay import relay
+    from sam_ds.federation.supernode.relay import relay
 
     return relay(message, context)

@@ -11,7 +11,7 @@ from sam_ds.federation.feedback import encode_update
 from sam_ds.federation.graphs import follow
 from sam_ds.federation.messages import blob_record, result_content, task_of
 from sam_ds.federation.methods.registry import METHODS
-from sam_ds.federation.node import client_of, tier_of
+from sam_ds.federation.supernode.config import client_of, tier_of
 from sam_ds.wire.codec import encode
 from sam_ds.wire.payload import encode_units
 

@@ -25,10 +25,10 @@ from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation.apps import client_app, server_app
 from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, answering, open_stores, serve
 from sam_ds.federation.methods.registry import configured
-from sam_ds.federation.node import tier_of
 from sam_ds.federation.ranks import Pods, make_worker, process_group
 from sam_ds.federation.run import prepare
 from sam_ds.federation.setup import open_run
+from sam_ds.federation.supernode.config import tier_of
 
 _GRACE_SECONDS = 60
 """From the end of a run that failed until its ranks must have come home."""

@@ -15,6 +15,7 @@ from sam_ds.clients.generations import check_generation, generation
 from sam_ds.config import RunConfig
 from sam_ds.data.batches import pack
 from sam_ds.evaluation.report import summary_table, write_report
+from sam_ds.federation.judging import evaluate
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.privacy import spent
@@ -62,11 +63,11 @@ def run_server(grid: Grid, config: RunConfig) -> None:
         tqdm.write(f"resume after round {server.state.round}")
     else:
         log.rewind(-1)
-        before = server.evaluate("test", test_tokens)
+        before = evaluate(server, "test", test_tokens)
         log.write(_run_record(server, clients, before))
     strategy = SamStrategy(server, run, log)
     strategy.start(grid)
-    after = server.evaluate("test", test_tokens)
+    after = evaluate(server, "test", test_tokens)
     log.write(_end_record(server, log, before, after, time.perf_counter() - began))
     write_report(log.path, run / "report.html")
     server.save_model(run / "model")

@@ -1,4 +1,4 @@
-"""The server's model and what it does with it: hold the units, evaluate, judge edits, save.
+"""The server's model and what becomes of it: hold the units, follow the state, refit, redraw, save.
 
 The server has all experts. Its model is the converted model, with low-rank rows where the method trains those;
 `state.units` is the truth, the model's parameters follow it.
@@ -10,11 +10,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +22,16 @@ from transformers import AutoTokenizer
 
 from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.clients.generations import factor_seed, generation, weights_folder
-from sam_ds.clients.task import REGISTRATION_TOKENS
 from sam_ds.config import RunConfig
-from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus, Splits
 from sam_ds.data.partition import holder
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
-from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domain
 from sam_ds.experts.attention import updated_maps
 from sam_ds.experts.calibrate import refit_layer
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.factors import load_factors
 from sam_ds.experts.inputs import layer_inputs
 from sam_ds.experts.model import add_assembler
-from sam_ds.experts.personal import personal_graph
 from sam_ds.experts.slots import Checkpoint, hold_experts
 from sam_ds.experts.units import (
     expert_weights,
@@ -47,30 +41,28 @@ from sam_ds.experts.units import (
     trained_fields,
     write_units,
 )
-from sam_ds.federation.methods.base import Method
 from sam_ds.federation.participation import Member
+from sam_ds.federation.public import PublicText
 from sam_ds.federation.state import ServerState, sync, unfinished, writing
-from sam_ds.graph.assembler import Assembler, hard_graph
+from sam_ds.graph.assembler import Assembler
 from sam_ds.wire.payload import ExpertUnit, Unit
-
-_VALIDATION_ROWS = 8
-Graph: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-"""(L, E, E) edges, and (L, E + 1) what the assembler knows of the text, whose own gains messages then have."""
 
 
 class Server:
     """Owns the state. Everything here runs on one rank, in one thread."""
 
     def __init__(
-        self, config: RunConfig, base: Path, corpus: Corpus, method: Method, domains: Sequence[str]
+        self, config: RunConfig, base: Path, corpus: Corpus, method: Any, domains: Sequence[str]
     ) -> None:
-        """`domains`: of every client, the one with most of its documents."""
+        """`method`: a `Method`, which is written over this class. `domains`: of every client, the one with most of its
+        documents."""
         self.config = config
         self.corpus = corpus
         self.domains = domains
         self.method = method
         self.tiers = dealt_tiers(config)
         self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.public = PublicText(config, corpus, self.tokenizer)
         self.model = from_pretrained(base, dtype=torch.float32).eval()
         add_assembler(self.model, seed=config.seed)
         trains = {method.train(config.tiers[name]) for name in self.tiers}
@@ -93,7 +85,7 @@ class Server:
         self._shared = shared_parameters(self.model, self.trains, dense=config.train.dense)
         self.state = self._first_state()
         self.evaluation_seconds = 0.0
-        """Spent in evaluations since the process started."""
+        """Spent in evaluations (`judging.py`) since the process started."""
 
     def _first_state(self) -> ServerState:
         clients = self.config.federation.clients
@@ -222,7 +214,7 @@ class Server:
 
     def follow_state(self) -> None:
         """Bring the model's parameters and graph to what the state says."""
-        self._write(self.state.units)
+        self.write(self.state.units)
         self.model.set_graph(torch.from_numpy(self.state.graph))
         if self.state.standins is not None:
             hold_experts(self.model.sam_layers, torch.from_numpy(self.state.standins).unbind(), self._everything)
@@ -232,14 +224,15 @@ class Server:
         the layers before it are now (design 3); returns the seconds it took."""
         began = time.perf_counter()
         layers, cores = self.model.sam_layers, []
-        inputs = layer_inputs(self.model, layers, [self._calibration_rows])
+        inputs = layer_inputs(self.model, layers, [self.public.calibration])
         for index, layer in enumerate(layers):
             cores.append(refit_layer(layer, next(inputs), seed=self.config.seed + index))
             hold_experts([layer], cores[-1:], [range(self.num_experts)])
         self.state.standins = torch.stack(cores).numpy()
         return time.perf_counter() - began
 
-    def _write(self, values: Mapping[Unit, NDArray[np.float32]]) -> None:
+    def write(self, values: Mapping[Unit, NDArray[np.float32]]) -> None:
+        """Give the model's parameters these values, until `follow_state`."""
         units = {unit: torch.from_numpy(value) for unit, value in values.items()}
         write_units(units, self._fields, self._shared, self._parameters, self._everything)
 
@@ -247,129 +240,6 @@ class Server:
         """The shared assembler as it is now."""
         assert self.model.sam_assembler is not None
         return self.model.sam_assembler
-
-    def evaluate(self, split: str, tokens: int) -> dict[str, Any]:
-        """Perplexities of the merged model and, if asked for, of the sparse one, each domain over its graph:
-        {"merged": {"domains", "headline", "forgetting"}, "sparse": the same or None}.
-
-        Where clients have units of their own, the mean over the clients with mostly text of the domain, of all clients
-        where there are none."""
-        began = time.perf_counter()
-        texts = {name: getattr(splits, split) for name, splits in self.corpus.domains.items()}
-        whole: dict[str, Graph] = dict.fromkeys(texts, (self.model.graph(), None))
-        result: dict[str, Any] = {"merged": self._judged(texts, tokens, self.model.dense, whole), "sparse": None}
-        if self.config.evaluation.sparse and self.method.sparse:
-            graphs = self.domain_graphs() if self.method.assembles else whole
-            routed = partial(self.model.active, self.config.sam.top_k)
-            result["sparse"] = self._judged(texts, tokens, routed, graphs)
-        self.evaluation_seconds += time.perf_counter() - began
-        return result
-
-    def domain_graphs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The graph of each domain: the assembler's for a client that holds everything and whose text is the domain's
-        public (or valid) text, as the model sees it now."""
-        edges = self.config.federation.edges
-        own = {name: personal_graph(self.model, ids, edges=edges) for name, ids in self._domain_ids.items()}
-        return {name: (personal.graph_LEE, personal.condition) for name, personal in own.items()}
-
-    @cached_property
-    def _domain_ids(self) -> dict[str, torch.Tensor]:
-        """(B, S) of every domain, as many tokens as a client registers with."""
-        window = self.config.evaluation.window
-        rows = max(1, REGISTRATION_TOKENS // window)
-        return {
-            name: torch.from_numpy(domain_rows(splits, self.tokenizer, window, rows))
-            for name, splits in self.corpus.domains.items()
-        }
-
-    def _judged(
-        self, texts: Mapping[str, Sequence[str]], tokens: int, mode: Callable[[], AbstractContextManager[None]],
-        graphs: Mapping[str, Graph],
-    ) -> dict[str, Any]:  # fmt: skip
-        if not self.state.personal:
-            return self._summary(self._score(texts, tokens, mode, graphs))
-        now = [self.domains[self.holder(client, self.state.round)] for client in range(len(self.domains))]
-        judges = {name: [c for c, domain in enumerate(now) if domain == name] for name in texts}
-        sums = {name: DomainScore(nll_sum=0.0, tokens=0) for name in texts}
-        for client in range(len(self.domains)):
-            mine = {name: text for name, text in texts.items() if client in (judges[name] or [client])}
-            self._write(self.state.units | self.state.personal.get(client, {}))
-            for name, score in self._score(mine, tokens, mode, graphs).items():
-                sums[name] = DomainScore(
-                    nll_sum=sums[name].nll_sum + score.nll_sum, tokens=sums[name].tokens + score.tokens
-                )
-        self.follow_state()
-        return self._summary(sums)
-
-    def _score(
-        self, texts: Mapping[str, Sequence[str]], tokens: int, mode: Callable[[], AbstractContextManager[None]],
-        graphs: Mapping[str, Graph],
-    ) -> dict[str, DomainScore]:  # fmt: skip
-        section = self.config.evaluation
-        scores: dict[str, DomainScore] = {}
-        for name, own in texts.items():
-            with mode(), self.model.over(*graphs[name]):
-                scores |= perplexity_by_domain(
-                    self.model, self.tokenizer, {name: own}, window=section.window, stride=section.stride,
-                    batch=section.batch, max_tokens=tokens,
-                )  # fmt: skip
-        return scores
-
-    def _summary(self, scores: Mapping[str, DomainScore]) -> dict[str, Any]:
-        texts = self.corpus.domains
-        forgetting = [name for name in texts if name in self.config.federation.forgetting]
-        trained = [name for name in texts if name not in forgetting]
-        return {
-            "domains": {name: score.perplexity for name, score in scores.items()},
-            "headline": headline(scores, trained),
-            "forgetting": headline(scores, forgetting) if forgetting else None,
-        }
-
-    @torch.no_grad()
-    def validation_loss(self, graph: NDArray[np.bool_]) -> float:
-        """Nats a token of the sparse model over this graph, on a fixed batch of public text."""
-        began = time.perf_counter()
-        ids = self._validation_rows
-        with self.model.over(torch.from_numpy(graph)):
-            loss = float(self.model(input_ids=ids, labels=ids, use_cache=False).loss)
-        self.evaluation_seconds += time.perf_counter() - began
-        return loss
-
-    def loss_in_use(self) -> Callable[[NDArray[np.bool_]], float]:
-        """(L, E, E) -> nats a token of the sparse model where every domain routes over its own edges of that graph, and
-        sends messages with its own gains, as clients do: what an edit of the graph is judged by. On a fixed batch of
-        every domain's public (or valid) text."""
-        section, roots, began = self.config.federation, self.config.sam.roots, time.perf_counter()
-        conditions = {name: condition for name, (_, condition) in self.domain_graphs().items()}
-        self.evaluation_seconds += time.perf_counter() - began
-
-        @torch.no_grad()
-        def loss(graph_LEE: NDArray[np.bool_]) -> float:
-            began, losses = time.perf_counter(), []
-            for name, ids in self._validation_by_domain.items():
-                own_LEE = hard_graph(self.assembler(), conditions[name], graph_LEE, section.edges, roots)
-                with self.model.over(torch.from_numpy(own_LEE), conditions[name]):
-                    losses.append(float(self.model(input_ids=ids, labels=ids, use_cache=False).loss))
-            self.evaluation_seconds += time.perf_counter() - began
-            return float(np.mean(losses))
-
-        return loss
-
-    @cached_property
-    def _validation_by_domain(self) -> dict[str, torch.Tensor]:
-        rows = max(1, _VALIDATION_ROWS // len(self.corpus.domains))
-        return {
-            name: torch.from_numpy(domain_rows(splits, self.tokenizer, self.config.evaluation.window, rows, last=True))
-            for name, splits in self.corpus.domains.items()
-        }
-
-    @cached_property
-    def _validation_rows(self) -> torch.Tensor:
-        return torch.from_numpy(public_rows(self.config, self.corpus, self.tokenizer, _VALIDATION_ROWS, last=True))
-
-    @cached_property
-    def _calibration_rows(self) -> torch.Tensor:
-        return torch.from_numpy(calibration_rows(self.config, self.corpus, self.tokenizer))
 
     def save_model(self, folder: Path) -> None:
         """Fold everything learned into the weights and save them with the graph, whole or not at all. The last thing a
@@ -386,32 +256,3 @@ class Server:
             self.tokenizer.save_pretrained(made)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
-
-
-def calibration_rows(config: RunConfig, corpus: Corpus, tokenizer: Any) -> NDArray[np.int64]:
-    """(rows, window): what the base model is converted with, as `public_rows`."""
-    return public_rows(config, corpus, tokenizer, -(-config.sam.calibration_tokens // config.evaluation.window))
-
-
-def public_rows(
-    config: RunConfig, corpus: Corpus, tokenizer: Any, rows: int, *, last: bool = False
-) -> NDArray[np.int64]:
-    """(rows, window) tokens of public text, the same share of every domain; from the start of the public
-    documents (calibration) or from their end (validation).
-
-    Raises InputError where there is too little text.
-    """
-    per_domain = max(1, -(-rows // len(corpus.domains)))
-    parts = [
-        domain_rows(splits, tokenizer, config.evaluation.window, per_domain, last=last)
-        for splits in corpus.domains.values()
-    ]
-    return np.concatenate(parts)[: max(rows, len(corpus.domains))]
-
-
-def domain_rows(
-    splits: Splits, tokenizer: Any, window: int, rows: int, *, last: bool = False
-) -> NDArray[np.int64]:
-    """At most (rows, window) tokens of a domain's public documents, or of its valid split where it has none."""
-    texts = splits.public or splits.valid
-    return pack(texts[::-1] if last else texts, tokenizer, window, limit_tokens=rows * window)

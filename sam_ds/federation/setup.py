@@ -17,8 +17,9 @@ from sam_ds.clients.tiers import check_tiers
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.data.base_model import BaseRecipe, base_config, embedded_base_model
 from sam_ds.data.batches import pack
-from sam_ds.data.corpus import Corpus, load_corpus
+from sam_ds.data.corpus import load_corpus
 from sam_ds.data.partition import ClientData, partition_clients
+from sam_ds.data.splits import Corpus
 from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import from_pretrained, is_converted, readable
 from sam_ds.experts.config import SamConfig
@@ -26,7 +27,7 @@ from sam_ds.experts.convert import check_architecture, get_sam_model
 from sam_ds.experts.factors import FACTORS_FILE, FROZEN, fit_factors, load_factors, save_factors
 from sam_ds.experts.units import prepare
 from sam_ds.federation.methods.registry import METHODS
-from sam_ds.federation.server import calibration_rows
+from sam_ds.federation.public import PublicText
 from sam_ds.federation.state import checkpoints, unfinished, write_atomically, writing
 
 _held: dict[Path, int] = {}
@@ -78,7 +79,7 @@ def prepare_base(config: RunConfig, run: Path, corpus: Corpus) -> Path:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
     _check_lengths(config, model, clients_of(config, corpus), tokenizer)
-    calibration = torch.from_numpy(calibration_rows(config, corpus, tokenizer))
+    calibration = PublicText(config, corpus, tokenizer).calibration
     get_sam_model(model, SamConfig.of_run(config), calibration=calibration)
     # After the last check: a start that is refused leaves the folder as it was.
     run.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def _prepare_factors(config: RunConfig, run: Path, corpus: Corpus) -> None:
     if {name: value.shape for name, value in load_factors(base).items()} == frozen:
         return
     tokenizer = AutoTokenizer.from_pretrained(base)
-    save_factors(fit_factors(model, [torch.from_numpy(calibration_rows(config, corpus, tokenizer))]), base)
+    save_factors(fit_factors(model, [PublicText(config, corpus, tokenizer).calibration]), base)
 
 
 def _check_lengths(config: RunConfig, model: PreTrainedModel, clients: list[ClientData], tokenizer: Any) -> None:

@@ -26,6 +26,7 @@ from sam_ds.federation.aggregation import weight_warnings
 from sam_ds.federation.exchange import Exchange
 from sam_ds.federation.folding import Folding
 from sam_ds.federation.graphs import UNKNOWN, graph_records
+from sam_ds.federation.judging import evaluate, validation_loss
 from sam_ds.federation.messages import blobs_of, count_bytes, task_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
@@ -274,8 +275,8 @@ class SamStrategy(Strategy):
         server, section = self.server, self.server.config.evaluation
         scores: dict[str, Any] = {"merged": None, "sparse": None}
         if round_ % section.every == 0 or round_ == server.config.federation.rounds:
-            scores = server.evaluate(section.split, section.max_tokens)
-        server.state.losses.append(server.validation_loss(server.state.graph))
+            scores = evaluate(server, section.split, section.max_tokens)
+        server.state.losses.append(validation_loss(server, server.state.graph))
         spent = server.evaluation_seconds - evaluated
         self.log.write_round(round_, scores, facts or {}, self._clock.times(spent), server.state)
         # Last: what a resumed run finds after its checkpoint's round it writes again, what is missing it never does.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,8 @@ from numpy.typing import NDArray
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.federation.aggregation import AggregationConfig
 from sam_ds.federation.participation import RoundPlan, plan_round
+from sam_ds.federation.server import Server
 from sam_ds.wire.payload import Unit
-
-if TYPE_CHECKING:
-    from sam_ds.federation.server import Server
 
 
 @dataclass(frozen=True, kw_only=True)

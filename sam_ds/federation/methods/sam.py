@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sam_ds.config import RunConfig, TierSection
 from sam_ds.federation.aggregation import AggregationConfig
+from sam_ds.federation.judging import loss_in_use
 from sam_ds.federation.methods.base import Method, Planned, aggregation_config
 from sam_ds.federation.participation import plan_round, sample_clients
 from sam_ds.federation.privacy import note_release
@@ -130,7 +131,7 @@ def _edit(server: Server, round_: int) -> dict[str, Any]:
         state.graph, *tables, roots=server.config.sam.roots, max_edits=section.max_edits,
         min_offered=section.min_offered,
     )  # fmt: skip
-    result = trial(state.graph, edits, server.loss_in_use(), section.edit_tolerance)
+    result = trial(state.graph, edits, loss_in_use(server), section.edit_tolerance)
     state.graph = result.graph_LEE
     state.edits = state.edits.append(round_, result.kept)
     state.gamma = max(state.gamma, result.gamma)

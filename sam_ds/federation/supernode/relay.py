@@ -32,8 +32,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from sam_ds.clients.dealing import dealt_tiers
 from sam_ds.config import RunConfig, to_toml
 from sam_ds.errors import InputError
-from sam_ds.federation.frames import receive, send
-from sam_ds.federation.node import NodeConfig, client_of, identity, node_of, package_folder, tier_of
+from sam_ds.federation.supernode.config import NodeConfig, client_of, identity, node_of, package_folder, tier_of
+from sam_ds.federation.supernode.frames import receive, send
 
 SOCKET, LOG = "worker.sock", "worker.log"
 STOP = b"stop"
@@ -171,7 +171,7 @@ def _start(folder: Path, config: RunConfig, node: NodeConfig) -> socket.socket:
     ranks = node.ranks or max(config.ranks_of(config.tiers[name]) for name in node.tiers or config.working_tiers)
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
-        "--module", "sam_ds.federation.resident", "--config", str(file), "--worker", str(folder),
+        "--module", "sam_ds.federation.supernode.resident", "--config", str(file), "--worker", str(folder),
         "--owner", str(os.getppid()), *(["--tiers", ",".join(node.tiers)] if node.tiers else []),
     ]  # fmt: skip
     paths = [str(package_folder().parent), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from sam_ds.config import load_config
 from sam_ds.errors import InputError
-from sam_ds.federation.node import NodeConfig
-from sam_ds.federation.relay import private_folder, stop
+from sam_ds.federation.supernode.config import NodeConfig
+from sam_ds.federation.supernode.relay import private_folder, stop
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(options.config, options.set)
         _end_with(os.getppid())
         # Only now: a stop or a wrong option need not wait for torch.
-        from sam_ds.federation.resident_rank import serve_rank
+        from sam_ds.federation.supernode.resident_rank import serve_rank
 
         serve_rank(config, node.tiers, folder, options.owner)
     except InputError as error:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sam_ds.federation.frames import pack, receive, send, unpack
 from sam_ds.federation.grid import TaskQueue
-from sam_ds.federation.relay import ACCEPTED, OTHER, SOCKET, STOP
+from sam_ds.federation.supernode.frames import pack, receive, send, unpack
+from sam_ds.federation.supernode.relay import ACCEPTED, OTHER, SOCKET, STOP
 
 _POLL_SECONDS, _LOOK_SECONDS = 0.005, 0.2
 _GRACE_SECONDS = 20.0

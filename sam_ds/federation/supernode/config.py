@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from flwr.app import Message
 
+import sam_ds
 from sam_ds.checked import Checked, Natural
 from sam_ds.config import RunConfig, from_flat, to_toml
 from sam_ds.errors import InputError, nearest
@@ -84,4 +85,4 @@ def identity(config: RunConfig, tiers: Sequence[str]) -> str:
 
 def package_folder() -> Path:
     """Where this code lies: where it is installed, or where Flower has unpacked the app."""
-    return Path(__file__).resolve().parent.parent
+    return Path(sam_ds.__file__).resolve().parent

@@ -18,14 +18,14 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from sam_ds.config import RunConfig
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app
-from sam_ds.federation.door import Door
-from sam_ds.federation.frames import pack, unpack
 from sam_ds.federation.grid import Mailbox, TaskQueue, open_stores, reply_of, serve
 from sam_ds.federation.methods.registry import configured
-from sam_ds.federation.node import identity
 from sam_ds.federation.ranks import Pods, make_worker, process_group
-from sam_ds.federation.relay import connect
 from sam_ds.federation.setup import check_node
+from sam_ds.federation.supernode.config import identity
+from sam_ds.federation.supernode.door import Door
+from sam_ds.federation.supernode.frames import pack, unpack
+from sam_ds.federation.supernode.relay import connect
 
 
 def serve_rank(asked: RunConfig, tiers: Sequence[str], folder: Path, owner: int | None) -> None:

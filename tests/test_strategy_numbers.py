@@ -1,0 +1,186 @@
+"""What the server makes of the answers is what the formulas say, whoever is missing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from in_process import Federation, first_clients, status
+
+from sam_ds.bench.tampering import crash, scaled, without
+from sam_ds.federation.messages import blobs_of
+from sam_ds.wire.codec import decode
+from sam_ds.wire.payload import ExpertUnit, decode_units
+
+
+def test_ht_is_the_formula(federate):
+    """delta_u = sum over replies of w_i / p_{i,u} delta_{i,u}, and theta moves by it."""
+    federation = federate("federation.rounds=1", start=False)
+    before = dict(federation.server.state.units)
+    federation.start()
+    planned = federation.strategy._planned.plan.clients
+    examples = federation.server.state.examples
+    expected = {unit: value.astype(np.float64) for unit, value in before.items()}
+    for client, reply in zip(planned, federation.grid.seen, strict=True):
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = client.pi
+            if isinstance(unit, ExpertUnit):
+                assert unit.expert in client.experts[unit.layer]
+                p *= client.h[unit.layer, unit.expert]
+            expected[unit] = expected[unit] + examples[client.client] / examples.sum() / p * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
+    moved = sum(not np.array_equal(before[u], value) for u, value in federation.server.state.units.items())
+    assert moved > 0
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("method=fedavg",), ("federation.score=anchors", "federation.floor=0.1"), ("federation.sampling=stratified",),
+], ids=" ".join)  # fmt: skip
+def test_the_estimate_is_of_those_who_registered(federate, overrides):
+    """All four of them drawn: Horvitz-Thompson's sum with weights |D_i| over the examples of the four."""
+    federation = federate(*overrides, "federation.rounds=1", "federation.clients_per_round=6",
+                          "federation.min_clients=4", worker=overrides, start=False)  # fmt: skip
+    federation.grid.tamper_query = {2: crash, 5: crash}
+    before = dict(federation.server.state.units)
+    federation.start()
+    planned, examples = federation.strategy._planned.plan.clients, federation.server.state.examples
+    assert [client.client for client in planned] == [0, 2, 3, 5] and {client.pi for client in planned} == {1.0}
+    expected = {unit: value.astype(np.float64) for unit, value in before.items()}
+    for client, reply in zip(planned, federation.grid.seen, strict=True):
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = client.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else client.pi
+            expected[unit] = expected[unit] + examples[client.client] / examples[[0, 2, 3, 5]].sum() / p * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def test_ht_scales_by_the_share_that_answered(federate):
+    """The two that answered, weighted by 1 / p, times 3 / 2."""
+    client = first_clients(federate(start=False).config)[1]
+    federation = federate("federation.rounds=1", tamper={client: crash})
+    planned = federation.strategy._planned.plan.clients
+    examples = federation.server.state.examples
+    first = Federation.of(federation.config, federation.server.base).server
+    expected = {unit: value.astype(np.float64) for unit, value in first.state.units.items()}
+    for each, reply in zip(planned, federation.grid.seen, strict=True):
+        if each.client == client:
+            continue
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = each.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else each.pi
+            expected[unit] = expected[unit] + 1.5 * examples[each.client] / examples.sum() / p * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+@pytest.mark.parametrize("rule", ["hajek", "none"])
+def test_other_rules_are_not_scaled(federate, rule):
+    """A mean of the answers is one whoever is missing."""
+    client = first_clients(federate(start=False).config)[1]
+    federation = federate("federation.rounds=1", f"federation.aggregation={rule}", tamper={client: crash})
+    fresh = federate(start=False).server.state.units
+    sums = {}
+    for each, reply in zip(federation.strategy._planned.plan.clients, federation.grid.seen, strict=True):
+        if each.client == client:
+            continue
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            p = each.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else each.pi
+            a = federation.server.state.examples[each.client] / (p if rule == "hajek" else 1.0)
+            total, weight = sums.get(unit, (0.0, 0.0))
+            sums[unit] = total + a * delta.astype(np.float64), weight + a
+    for unit, value in federation.server.state.units.items():
+        total, weight = sums.get(unit, (0.0, 1.0))
+        np.testing.assert_allclose(value, fresh[unit] + total / weight, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def test_a_robust_rule_stands_what_breaks_the_mean(federate):
+    """One of six clients, all drawn and all dense, sends its update times a million; a broken one adds nothing."""
+    overrides = ("method=fedavg", "federation.rounds=1", "federation.clients_per_round=6",
+                 "federation.partition=iid")  # fmt: skip
+    liar, broken = scaled(1e6), without("counters")
+    moved = {}
+    for robust in ("none", "norm_clip", "trimmed_mean", "median"):
+        federation = federate(*overrides, f"federation.robust={robust}", worker=overrides, start=False,
+                              tamper={2: liar, 4: broken})  # fmt: skip
+        before = dict(federation.server.state.units)
+        units = federation.start().server.state.units
+        moved[robust] = max(float(np.abs(value - before[unit]).max()) for unit, value in units.items())
+        assert status(federation, 4).startswith("rejected") and not (federation.run / "spool").exists()
+    # An Adam step is at most about the learning rate; there are two, one of them at half of it.
+    assert moved["none"] > 100 and max(moved["norm_clip"], moved["trimmed_mean"], moved["median"]) < 0.02
+
+
+def test_the_median_is_that_of_the_answers(federate):
+    client = first_clients(federate(start=False).config)[1]
+    overrides = ("federation.rounds=1", "federation.robust=median")
+    federation = federate(*overrides, tamper={client: crash}, reverse=True)
+    fresh, answers = federate(start=False).server.state.units, {}
+    for each, reply in zip(federation.strategy._planned.plan.clients, federation.grid.seen, strict=True):
+        if each.client != client:
+            for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+                answers.setdefault(unit, []).append(delta)
+    for unit, value in federation.server.state.units.items():
+        want = fresh[unit] + (np.median(answers[unit], axis=0) if unit in answers else 0.0)
+        np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-7, err_msg=str(unit))
+
+
+def test_fitness_and_load_are_learned_from_the_answers(federate):
+    """A visit credits one edge, so visits are counted a second way here; what a client did not hold, or could visit
+    all of, keeps its score."""
+    federation = federate("federation.rounds=1", "federation.score=fitness", "federation.fitness_decay=0.75",
+                          "federation.load_decay=0.5")  # fmt: skip
+    state, planned = federation.server.state, federation.strategy._planned.plan.clients
+    fitness, load = state.rates.astype(np.float64), np.zeros_like(state.load)
+    routed = set()
+    for client, reply in zip(planned, federation.grid.seen, strict=True):
+        for layer, held in enumerate(client.experts):
+            load[layer, list(held)] += 0.5 / 3
+            used_SS = decode(blobs_of(reply.content["counters"])[f"shared/counters/{layer}"])[0][0]
+            routed.add(bool(used_SS.any()))
+            if used_SS.any():
+                share_S = used_SS.sum(0) / (2 * 4 * 16)
+                share_S[:2] = 1.0
+                fitness[client.client, layer, list(held)] *= 0.75
+                fitness[client.client, layer, list(held)] += 0.25 * share_S
+    np.testing.assert_allclose(state.fitness, fitness)
+    np.testing.assert_allclose(state.load, load)
+    assert routed == {True, False}
+    assert (state.fitness != state.rates).any() and ((0 <= state.fitness) & (state.fitness <= 1)).all()
+
+
+def trained_alone(server, worker, client):
+    """FedAvg's ClientUpdate, line by line: the plain dense model and torch's own optimizer."""
+    from transformers import AutoModelForCausalLM
+
+    from sam_ds.data.batches import batch_indices
+
+    settings = server.config.train
+    model = AutoModelForCausalLM.from_pretrained(worker.folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    rows = worker.rows(client)
+    order = batch_indices(len(rows), settings.batch, settings.steps, (server.config.seed, 1, client))
+    for step, picked in enumerate(order):
+        for group in optimizer.param_groups:
+            up, down = (step + 1) / (settings.warmup_steps + 1), (settings.steps - step) / settings.steps
+            group["lr"] = settings.lr * min(1.0, up, down)
+        ids = torch.from_numpy(rows[picked])
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.detach().double().numpy() for name, value in model.named_parameters()}
+
+
+def test_fedavg_is_the_example_weighted_mean_of_local_models(federate, new_worker):
+    overrides = ("method=fedavg", "federation.clients_per_round=6", "federation.rounds=1",
+                 "federation.partition=dirichlet")  # fmt: skip
+    federation = federate(*overrides, worker=overrides)
+    worker, server = new_worker(*overrides), federation.server
+    examples = server.state.examples
+    assert len(set(examples.tolist())) > 1
+    local = [trained_alone(server, worker, client) for client in range(6)]
+    assert {unit.name for unit in server.state.units} == set(local[0])
+    for unit, value in server.state.units.items():
+        mean = sum(n * model[unit.name] for n, model in zip(examples, local, strict=True)) / examples.sum()
+        # Adam divides by the gradient's size: where that is next to nothing, rounding shows.
+        np.testing.assert_allclose(value, mean, atol=3e-5, err_msg=unit.name)

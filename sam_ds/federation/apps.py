@@ -25,17 +25,11 @@ _worker: Worker | None = None
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, or go on with, the federation that the run config describes."""
-    import torch
-
     from sam_ds.config import from_flat
     from sam_ds.federation.methods.registry import configured
     from sam_ds.federation.run import run_server
 
-    config = configured(from_flat(context.run_config))
-    # In a process of its own it would take all cores, and wait in each of them for those that the workers are busy on.
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    run_server(grid, config)
+    run_server(grid, configured(from_flat(context.run_config)))
 
 
 @client_app.query()

@@ -168,7 +168,7 @@ class RuntimeSection(Checked):
 
     prefix: ClassVar[str] = "runtime."
     ranks_per_client: Count = 1  # g, the size of a worker group where its tier does not say
-    threads: Natural = 0  # per rank; 0 = cores / ranks
+    threads: Natural = 0  # per rank, and of a server without ranks; 0 = cores / ranks
     keep_checkpoints: Count = 3
 
 

@@ -41,9 +41,11 @@ await() { # for SECONDS, until the command succeeds
     exit 1
 }
 
-# Certificates, keys, and the base model, of which every node must have a copy.
+# Certificates, keys, and, while the others start, the base model, of which every node must have a copy.
 python $here/keys.py "$work/keys" --host 127.0.0.1 --nodes 3
-python $here/prepare.py $here/run.toml "${overrides[@]/#/--set=}"
+python $here/prepare.py $here/run.toml "${overrides[@]/#/--set=}" &
+prepared=$!
+processes+=($!)
 
 flower-superlink --host 127.0.0.1 --port "$port" --enable-supernode-auth \
     --disable-runtime-dependency-installation --ssl-ca-certfile "$work/keys/ca.pem" \
@@ -59,7 +61,7 @@ default = "site"
 address = "127.0.0.1:$port"
 root-certificates = "$work/keys/ca.pem"
 END
-await 30 flwr list site
+await 120 flwr list site
 
 # Each node has a key that the SuperLink knows, a client to be, and a tier that its worker holds.
 tiers=(small medium large)
@@ -72,6 +74,7 @@ for node in 0 1 2; do
     processes+=($!)
 done
 
+wait $prepared
 # In the background, as a shell in the foreground of a command would not hear that it is to stop.
 flwr run . site --stream --run-config "$out/config.toml" &
 processes+=($!)

@@ -4,15 +4,22 @@
 over two ranks, `simulation` (with `--simulation`) Flower's own, on ray, with as many actors. Seconds of a round, over
 its messages.
 
-`process`: what a SuperNode does with every message of a small federation (`--set` changes it): a fresh process runs
-the ClientApp. `relay` passes the message on to the resident worker; `alone` loads torch, model and engine itself. The
-first message is not counted.
+`train`, with `--simulation`: the ServerApp and the ClientApp of a tiny federation (`--set` changes it) whose three
+clients train every round, on the CPU. `grid` is our launcher with two ranks, `simulation` Flower's own with two actors,
+behind which the relay reaches one worker of two ranks: both train two clients at a time. A worker that nobody told how
+many ranks to have would be of one, and train them one after the other. Seconds of a round without the server's
+evaluation, over its messages; its training is the time in which any client trains.
+
+`process`: what a SuperNode does with every message of that federation, one a round: a fresh process runs the ClientApp.
+`relay` passes the message on to the resident worker; `alone` loads torch, model and engine itself, seconds long. Before
+the `--rounds` that count both ways answer three registrations and one message that does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -35,52 +42,78 @@ from flwr.supercore.run import Run
 
 from sam_ds.bench.options import check_sizes
 from sam_ds.bench.ranks import on_ranks
+from sam_ds.bench.tiny import SETTINGS, write_corpus, write_model
 from sam_ds.clients.task import WorkerGroup
-from sam_ds.config import RunConfig, flatten, load_config
+from sam_ds.config import RunConfig, flatten, load_config, to_toml
 from sam_ds.errors import InputError
+from sam_ds.federation.apps import client_app, server_app
 from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, answering, identify, open_stores, serve
-from sam_ds.federation.supernode.relay import private_folder, stop
+from sam_ds.federation.metrics import read_records
+from sam_ds.federation.supernode.relay import free_port, private_folder, stop
 
 RANKS = 2
-_ROUND = [
-    "federation.clients=3", "federation.clients_per_round=3", 'federation.partition="dirichlet"',
-    "evaluation.max_tokens=256", "evaluation.test_tokens=256", "runtime.threads=1",
-]  # fmt: skip
+Seconds = list[tuple[float, float, float]]
+"""Of each message: wall, training, and on a CPU in the client's process, or NaN."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=8, help="messages a round of `empty`")
     parser.add_argument("--parameters", type=int, default=1000, help="fp32, each way, of `empty`")
     parser.add_argument("--simulation", action="store_true", help="Flower's own too; needs flwr[simulation]")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run of `process`")
-    parser.add_argument("--skip", choices=("empty", "process"), help="leave this half out")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `train` and `process`")
+    parser.add_argument("--skip", choices=("empty", "process"), help="leave this part out")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rows: a call, the median seconds of a message, of its training, and over it, and CPU seconds of the client's
-    process. Ratios of what is over training: simulation / grid, which is the throughput gained, and alone / relay."""
+    process. Ratios: simulation / grid, which is the throughput gained, and of what is over training alone / relay."""
     check_sizes(options, "clients", "parameters")
-    spent: dict[str, list[tuple[float, float, float]]] = {}
+    if options.simulation:
+        try:
+            import ray  # noqa: F401
+        except ImportError as error:
+            raise InputError("--simulation needs ray: pip install 'flwr[simulation]'") from error
+    spent: dict[str, Seconds] = {}
     if options.skip != "empty":
-        seconds = on_ranks(RANKS, _grid, options)
-        spent["empty grid"] = [(value / options.clients, 0.0, math.nan) for value in seconds]
+        spent["empty grid"] = _shared(on_ranks(RANKS, _grid, options), options.clients)
         if options.simulation:
-            seconds = _simulation(options)
-            spent["empty simulation"] = [(value / options.clients, 0.0, math.nan) for value in seconds]
-    if options.skip != "process":
-        for way in ("relay", "alone"):
-            spent[f"process {way}"] = _processes(options, way)
-    rows, over = [], {}
-    for name, values in spent.items():
+            spent["empty simulation"] = _shared(_simulation(options), options.clients)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model", write_corpus(folder / "corpus"))
+        if options.simulation:
+            spent["train grid"] = _launched(_run_of(options, folder, "grid", clients=3))
+            spent["train simulation"] = _simulated(_run_of(options, folder, "simulation", clients=3))
+        if options.skip != "process":
+            for way in ("relay", "alone"):
+                spent[f"process {way}"] = _processes(_run_of(options, folder, way, clients=1), way)
+    rows: list[dict[str, Any]] = []
+    for call, values in spent.items():
         wall, own, cpu = np.median(values, axis=0)
-        over[name] = float(np.median([wall - own for wall, own, _ in values]))
         rows.append({
-            "call": name, "messages": len(values) * (options.clients if name.startswith("empty") else 1),
-            "median_s": float(wall), "training_s": float(own), "over_s": over[name],
+            "call": call, "messages": len(values) * {"empty": options.clients, "train": 3}.get(call.split()[0], 1),
+            "median_s": float(wall), "training_s": float(own),
+            "over_s": float(np.median([wall - own for wall, own, _ in values])),
             "cpu_s": None if math.isnan(cpu) else float(cpu),
         })  # fmt: skip
-    pairs = (("empty simulation", "empty grid"), ("process alone", "process relay"))
-    return {"rows": rows, "ratios": {f"{a} / {b}": over[a] / over[b] for a, b in pairs if a in over and b in over}}
+    of = {row["call"]: row for row in rows}
+    pairs = (("empty simulation", "empty grid", "over_s"), ("train simulation", "train grid", "median_s"),
+             ("process alone", "process relay", "over_s"))  # fmt: skip
+    return {"rows": rows, "ratios": {f"{a} / {b}": of[a][s] / of[b][s] for a, b, s in pairs if a in of and b in of}}
+
+
+def _shared(rounds: list[float], messages: int) -> Seconds:
+    """Of a message of each of these rounds, in which nobody trains."""
+    return [(seconds / messages, 0.0, math.nan) for seconds in rounds]
+
+
+def _run_of(options: argparse.Namespace, folder: Path, name: str, *, clients: int) -> RunConfig:
+    """The tiny federation, with so many clients a round; its first round is to be left out."""
+    return load_config(None, [
+        *SETTINGS, f'model="{folder}/model"', f'data="{folder}/corpus"', "federation.clients=3",
+        f"federation.clients_per_round={clients}", 'federation.partition="dirichlet"',
+        f"federation.rounds={options.rounds + 1}", *options.set, f'out="{folder}/{name}"',
+    ])  # fmt: skip
 
 
 # ------------------------------------------------------------------ empty
@@ -134,43 +167,93 @@ def _grid(rank: int, options: argparse.Namespace) -> list[float]:
     serve(Mailbox(store), answering(_app(), context), alone, {1: alone})
     if thread is not None:
         thread.join()
+    dist.barrier()  # rank 0 holds the store, and must not leave while another reads from it
     return seconds
 
 
 def _simulation(options: argparse.Namespace) -> list[float]:
-    from flwr.simulation import run_simulation
-
-    try:
-        import ray  # noqa: F401
-    except ImportError as error:
-        raise InputError("--simulation needs ray: pip install 'flwr[simulation]'") from error
     server, seconds = ServerApp(), []
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         seconds.extend(_rounds(grid, options))
 
+    _simulate(server, _app(), options.clients)
+    return seconds
+
+
+def _simulate(server: ServerApp, client: ClientApp, nodes: int) -> None:
+    """Flower's simulation of so many nodes, with as many actors as our grid has ranks."""
+    from flwr.simulation import run_simulation
+
     backend: dict[str, Any] = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0},
                                "init_args": {"num_cpus": RANKS}}  # fmt: skip
-    run_simulation(server, _app(), options.clients, backend_config=backend)
-    return seconds
+    run_simulation(server, client, nodes, backend_config=backend)
+
+
+# ------------------------------------------------------------------ train
+
+
+def _launched(config: RunConfig) -> Seconds:
+    file = Path(f"{config.out}.toml")
+    file.write_text(to_toml(config))
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(RANKS), "--master_port", str(free_port()),
+        "--module", "sam_ds.federation.launch", "--config", str(file),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode:
+        raise InputError(f"the launcher ended with {done.returncode}: {done.stderr[-2000:]}")
+    return _trained(config)
+
+
+def _simulated(config: RunConfig) -> Seconds:
+    """The apps get what `flwr run` gives them, as `run_simulation` has no run config; and the worker its ranks."""
+    given, worker = flatten(config), f"{config.out}-worker"
+    server, client = ServerApp(), ClientApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        server_app(grid, Context(context.run_id, context.node_id, context.node_config, context.state, given))
+
+    @client.query()
+    @client.train()
+    def answer(message: Message, context: Context) -> Message:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        node = {**context.node_config, "ranks": RANKS, "worker": worker}
+        own = Context(context.run_id, context.node_id, node, context.state, given)
+        reply = client_app(message, own)
+        context.state = own.state
+        return reply
+
+    try:
+        _simulate(server, client, config.federation.clients)
+    finally:
+        stop(private_folder(worker))
+    return _trained(config)
+
+
+def _trained(config: RunConfig) -> Seconds:
+    """Of every round but the first, over its messages."""
+    rounds = [each for each in read_records(Path(config.out) / "metrics.jsonl")
+              if each["kind"] == "round" and each["round"] > 1]  # fmt: skip
+    messages = config.federation.clients_per_round
+    return [((each["wall_seconds"] - each["evaluation_seconds"]) / messages, each["work_seconds"] / messages, math.nan)
+            for each in rounds]  # fmt: skip
 
 
 # ------------------------------------------------------------------ process
 
 
-def _processes(options: argparse.Namespace, way: str) -> list[tuple[float, float, float]]:
-    from sam_ds.federation.run import run_server
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = [*_ROUND, f"federation.rounds={options.rounds}", *options.set, f'out="{folder}/run"']
-        config = load_config(None, settings)
-        grid = ProcessGrid(config, Path(folder), way)
-        identify(0)
-        try:
-            run_server(grid, config)
-        finally:
-            stop(private_folder(f"{folder}/worker"))
+def _processes(config: RunConfig, way: str) -> Seconds:
+    folder = Path(f"{config.out}-node")
+    folder.mkdir()
+    grid = ProcessGrid(config, folder, way)
+    identify(0)
+    try:
+        server_app(grid, Context(1, 0, {}, RecordDict(), flatten(config)))
+    finally:
+        stop(private_folder(f"{folder}/worker"))
     return grid.spent[1:]
 
 
@@ -178,8 +261,8 @@ class ProcessGrid(Grid):
     """A fresh process for every message, as a SuperNode starts one, and each node's context between them."""
 
     def __init__(self, config: RunConfig, folder: Path, way: str) -> None:
-        self.spent: list[tuple[float, float, float]] = []
-        """Of each message to train: wall seconds, those that the client loaded and trained, its process's on a CPU."""
+        self.spent: Seconds = []
+        """Of each message to train; its training is what the client loaded and trained."""
         self._folder, self._way, self._messages = folder, way, 0
         self._replies: dict[str, Message] = {}
         self._contexts = {

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,17 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sam_ds.federation.supernode.relay import free_port
+
 _RUN = "import sys; from sam_ds.federation.launch import main; sys.exit(main(sys.argv[1:]))"
 
 
 def one_rank(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Command and environment of `launch/run_federation.py` on one rank and one thread, without a launcher, its port
     free as of now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+             "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
     return [sys.executable, "-c", _RUN, *arguments], os.environ | ranks
 
 

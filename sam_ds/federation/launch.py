@@ -141,3 +141,7 @@ def _share(outcome: list[str | None]) -> None:
     else:
         store.wait(["sam_ds/outcome"], timedelta(days=1))
         outcome[:] = [value or None for value in store.get("sam_ds/outcome").decode().split("\0")]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -57,7 +57,8 @@ class Roster:
                 began = time.monotonic()
                 if not self._take(grid, connected):
                     pause(time.monotonic() - began)
-                progress.update(len(self.nodes) - progress.n)
+                if found := len(self.nodes) - progress.n:  # the bar draws itself at every update, of nothing too
+                    progress.update(found)
         if len(self.nodes) < least:
             self._why += [f"node {node}: no answer within {timeout:g} s" for node in self._pending.values()]
             raise RunStopped(f"{len(self.nodes)} of {section.clients} clients registered, the run begins with {least} "

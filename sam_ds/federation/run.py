@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.serverapp import Grid
 from tqdm.auto import tqdm
 
@@ -29,8 +30,11 @@ from sam_ds.graph.bounds import corrected_bound, fit_rate, founding_bound
 def prepare(config: RunConfig) -> Path:
     """Check the whole input, then convert the base model into the run folder; returns `run/base`.
 
-    Raises InputError before anything expensive starts; what is on disk is left alone.
+    Raises InputError before anything expensive starts; what is on disk is left alone. From here on this process keeps
+    to `runtime.threads`: a server beside workers that took all cores would wait in each for what they are busy with.
     """
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
     run = Path(config.out)
     check_model(config)
     if found := checkpoints(run / "checkpoints"):

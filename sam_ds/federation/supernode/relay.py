@@ -165,12 +165,9 @@ def _start(folder: Path, config: RunConfig, node: NodeConfig) -> socket.socket:
     """Start the ranks of a worker and wait for its door to open."""
     file = folder / "config.toml"
     file.write_text(to_toml(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = node.ranks or max(config.ranks_of(config.tiers[name]) for name in node.tiers or config.working_tiers)
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--module", "sam_ds.federation.supernode.resident", "--config", str(file), "--worker", str(folder),
         "--owner", str(os.getppid()), *(["--tiers", ",".join(node.tiers)] if node.tiers else []),
     ]  # fmt: skip
@@ -191,6 +188,13 @@ def _start(folder: Path, config: RunConfig, node: NodeConfig) -> socket.socket:
                              f"{config.federation.timeout_seconds:g}:\n{_tail(folder)}")
         time.sleep(_POLL_SECONDS)
     return connection
+
+
+def free_port() -> int:
+    """One of this machine that nobody listens at, as of now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _tail(folder: Path) -> str:

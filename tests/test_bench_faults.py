@@ -82,7 +82,7 @@ def test_hostile_updates_hurt_the_mean_more_than_the_median(tiny, tmp_path, one_
     monkeypatch.setattr(hostile, "SETTINGS", {"fedavg": ("method=fedavg",)})
     monkeypatch.setattr(hostile, "ATTACKS", ("no", "x-10"))
     monkeypatch.setattr(hostile, "ROBUST", ("none", "median"))
-    small = ("evaluation.window=32", "evaluation.stride=32", "train.sequence=16", "sam.calibration_tokens=512")
+    small = ("evaluation.window=32", "evaluation.stride=32", "train.sequence=16", "sam.calibration_tokens=1024")
     given = (0, str(tiny.model), str(tiny.corpus), str(tmp_path), 0, 1, small)
     ratios = hostile.hostile_rows(*given)["ratios"]
     assert ratios["fedavg x-10 none"] > 1.2 > ratios["fedavg x-10 median"]

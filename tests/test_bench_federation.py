@@ -102,8 +102,11 @@ def test_curves_are_read_where_as_much_was_spent_never_in_our_favour():
     peer = [{"up": up, "flops": up, "merged": 20 - up} for up in (0, 1.5, 3, 4.5)]
     # The peer at its first round with at least our bytes: more than ours.
     assert equal_points(ours, peer, "bytes") == (ours[-1], peer[2])
-    # Ours at the last that costs no more than all of the peer's.
-    assert equal_points(peer, ours, "bytes") == (peer[1], ours[2])
+    # Ours between two of its rounds, where it has spent what all of the peer's costs.
+    mine, yours = equal_points(peer, ours, "bytes")
+    assert mine == {"up": 2, "merged": pytest.approx(18)} and yours == ours[2]
+    # At a round of its own it is that round.
+    assert equal_points([*ours, {"up": 9, "flops": 99, "merged": 0}], ours, "bytes") == (ours[2], ours[2])
     assert equal_points(ours, peer, "flops") == (ours[2], peer[3])
     assert equal_points(ours, peer, "rounds") == (ours[-1], peer[-1])
 

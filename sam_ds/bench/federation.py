@@ -5,7 +5,8 @@ runs, on validation text and a seed that no table has; then every cell of the ta
 not run again, and one that was stopped goes on from its last round.
 
 At equal bytes or FLOPs a peer is read at the first of its evaluated rounds that has spent at least as much as ours has
-at the end, or ours at the last that has spent no more than the peer's whole run: the rounding is never in our favour.
+at the end, or ours, where it has spent more than the peer's whole run, on the line between its evaluated rounds around
+that: a curve that falls ever more slowly is below it, so the rounding is never in our favour.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from sam_ds.bench.ranks import one_rank
-from sam_ds.bench.suite import Cell, Comparison, Suite, Table, read_results
+from sam_ds.bench.suite import MODELS, Cell, Comparison, Suite, Table, read_results
 from sam_ds.config import to_toml
 from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.page import PAGE
@@ -231,9 +232,20 @@ def equal_points(ours: Curve, peer: Curve, axis: str) -> tuple[Mapping[str, Any]
         return ours[-1], peer[-1]
     what = {"bytes": "up", "flops": "flops"}[axis]
     budget = min(ours[-1][what], peer[-1][what])
-    mine = [point for point in ours if point[what] <= budget][-1]
-    yours = next(point for point in peer if point[what] >= mine[what])
-    return mine, yours
+    return _at(ours, what, budget), next(point for point in peer if point[what] >= budget)
+
+
+def _at(curve: Curve, what: str, budget: float) -> Mapping[str, Any]:
+    """The point of a curve that has spent this much, on the line between the two around it."""
+    after = next(point for point in curve if point[what] >= budget)
+    if after[what] == budget:
+        return after
+    before = [point for point in curve if point[what] < budget][-1]
+    share = (budget - before[what]) / (after[what] - before[what])
+    return {what: budget} | {
+        name: before[name] + share * (after[name] - before[name])
+        for name in MODELS if before.get(name) is not None and after.get(name) is not None
+    }  # fmt: skip
 
 
 def best(point: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import replace
 
@@ -69,7 +70,9 @@ def live_bytes():
         # Not isinstance, which asks things that answer with a warning for their class.
         if issubclass(type(value), torch.Tensor):
             storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            # What a compiler that has run in this process keeps has no memory, hence no pointer.
+            with contextlib.suppress(RuntimeError):
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

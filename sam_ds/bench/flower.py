@@ -38,7 +38,6 @@ from flwr.common.serde import context_from_proto, context_to_proto, message_from
 from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
 
 from sam_ds.bench.options import check_sizes
 from sam_ds.bench.ranks import on_ranks
@@ -47,7 +46,7 @@ from sam_ds.clients.task import WorkerGroup
 from sam_ds.config import RunConfig, flatten, load_config, to_toml
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app, server_app
-from sam_ds.federation.grid import DeepSpeedGrid, Mailbox, answering, identify, open_stores, serve
+from sam_ds.federation.grid import DeepSpeedGrid, LocalGrid, Mailbox, answering, identify, open_stores, serve
 from sam_ds.federation.metrics import read_records
 from sam_ds.federation.supernode.relay import free_port, private_folder, stop
 
@@ -257,7 +256,7 @@ def _processes(config: RunConfig, way: str) -> Seconds:
     return grid.spent[1:]
 
 
-class ProcessGrid(Grid):
+class ProcessGrid(LocalGrid):
     """A fresh process for every message, as a SuperNode starts one, and each node's context between them."""
 
     def __init__(self, config: RunConfig, folder: Path, way: str) -> None:
@@ -270,15 +269,6 @@ class ProcessGrid(Grid):
                           node_config={"partition-id": node - 1, "worker": f"{folder}/worker"})
             for node in range(1, config.federation.clients + 1)
         }  # fmt: skip
-
-    def set_run(self, run: Run) -> None: ...
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(1)
-
-    def create_message(self, *_: Any, **__: Any) -> Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._contexts)
@@ -312,9 +302,6 @@ class ProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(identity) for identity in message_ids if identity in self._replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self.pull_messages(self.push_messages(messages))
 
 
 def _children_seconds() -> float:

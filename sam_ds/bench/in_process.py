@@ -16,14 +16,12 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from sam_ds.clients.worker import Worker
 from sam_ds.config import RunConfig
 from sam_ds.errors import InputError
 from sam_ds.federation import apps
-from sam_ds.federation.grid import identify
+from sam_ds.federation.grid import LocalGrid, identify
 from sam_ds.federation.methods.registry import METHODS
 from sam_ds.federation.metrics import MetricsLog, read_records
 from sam_ds.federation.server import Server
@@ -45,7 +43,7 @@ class ClientCrash(Exception):
     """Raised by a tamper function: what Flower reports when a ClientApp raises."""
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(LocalGrid):
     """Virtual clients 0..N-1 are the nodes 1..N; a message is answered while it is pushed."""
 
     def __init__(
@@ -68,17 +66,6 @@ class InProcessGrid(Grid):
         self.seen: list[Message] = []
         """Every train reply as it was before tampering."""
         self._late: list[tuple[str, str, Message]] = []
-
-    def set_run(self, run: Run) -> None: ...
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.partitions)
@@ -125,9 +112,6 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = sorted((i for i in message_ids if i in self.replies), key=int, reverse=self.reverse)
         return [reply for identity in wanted for reply in self.replies.pop(identity)]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self.pull_messages(self.push_messages(messages))
 
 
 def over_the_wire(message: Message) -> Message:

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from sam_ds.clients.task import Result
+from sam_ds.federation.grid import LocalGrid
 from sam_ds.federation.messages import blob_record, blobs_of, message_bytes, result_content
 from sam_ds.wire.codec import encode
 
@@ -25,7 +24,7 @@ _AT_ONCE = 64
 """Replies that one pull hands over: they are made when they are asked for."""
 
 
-class VirtualGrid(Grid):
+class VirtualGrid(LocalGrid):
     """Clients 0..N-1 are the nodes 1..N.
 
     Args:
@@ -47,16 +46,6 @@ class VirtualGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._pushed = 0
         self._blobs: dict[tuple[int, tuple[int, ...]], bytes] = {}
-
-    def set_run(self, run: Run) -> None: ...
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(1)
-
-    def create_message(self, content: Any, message_type: str, dst_node_id: int, group_id: str,
-                       ttl: float | None = None) -> Message:  # fmt: skip
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         self._began = self._began or time.process_time()
@@ -82,9 +71,6 @@ class VirtualGrid(Grid):
         if replies and not self.registration and not self._waiting:
             self.registration = time.process_time() - self._began - self.seconds
         return replies
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self.pull_messages(self.push_messages(messages))
 
     def _reply(self, message: Message) -> Message:
         if message.metadata.message_type == "query":

@@ -126,17 +126,10 @@ class TaskQueue:
         self._tasks += 1
 
 
-class DeepSpeedGrid(Grid):
-    """The server's side: push messages for virtual clients, pull their replies. Used by one thread."""
+class LocalGrid(Grid):
+    """What Flower asks of a grid beside nodes, messages and replies: alike for all whose nodes are not Flower's."""
 
-    def __init__(
-        self, mailbox: Mailbox, clients: int, pods: int, lanes: Callable[[Message], int] = lambda _: 1
-    ) -> None:
-        """`lanes(message)`: how many messages like this one a pod answers at a time."""
-        self._queue = TaskQueue(mailbox, pods)
-        self._nodes = list(range(1, clients + 1))
-        self._lanes = lanes
-        self._run = Run.create_empty(1)
+    _run = Run.create_empty(1)
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -149,6 +142,30 @@ class DeepSpeedGrid(Grid):
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        waiting = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            pulled = list(self.pull_messages(waiting))
+            replies += pulled
+            waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
+            if not pulled:
+                time.sleep(_POLL_SECONDS)
+        return replies
+
+
+class DeepSpeedGrid(LocalGrid):
+    """The server's side: push messages for virtual clients, pull their replies. Used by one thread."""
+
+    def __init__(
+        self, mailbox: Mailbox, clients: int, pods: int, lanes: Callable[[Message], int] = lambda _: 1
+    ) -> None:
+        """`lanes(message)`: how many messages like this one a pod answers at a time."""
+        self._queue = TaskQueue(mailbox, pods)
+        self._nodes = list(range(1, clients + 1))
+        self._lanes = lanes
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._nodes)
@@ -171,18 +188,6 @@ class DeepSpeedGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ready = [identity for identity in message_ids if self._queue.has(identity)]
         return [message_from_proto(ProtoMessage.FromString(self._queue.take(identity))) for identity in ready]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        waiting = set(self.push_messages(messages))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            pulled = list(self.pull_messages(waiting))
-            replies += pulled
-            waiting -= {reply.metadata.reply_to_message_id for reply in pulled}
-            if not pulled:
-                time.sleep(_POLL_SECONDS)
-        return replies
 
     def stop(self) -> None:
         """Send every pod home, after all that was pushed before."""

@@ -29,6 +29,7 @@ from sam_ds.bench.options import check_sizes
 from sam_ds.errors import InputError
 from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.codec import DTYPES, CodecError, decode, encode
+from sam_ds.wire.header import LENGTH_AT, SHAPE_AT
 
 MAX_BYTES = 1 << 14
 PEAK = 12
@@ -111,14 +112,14 @@ def mutated(blobs: list[bytes], draw: random.Random) -> tuple[bytes, bool]:
             field = draw.randint(8, 13)
             blob[field : field + 1] = bytes([draw.randrange(9)])
         else:
-            where = draw.choice((18, 28, 36))
+            where = draw.choice((LENGTH_AT, SHAPE_AT, SHAPE_AT + 8))
             blob[where : where + 8] = struct.pack("<Q", draw.choice((*_WIDE_EDGES, draw.randrange(200))))
         if not blob:
             break
     if draw.random() < 0.5 and len(blob) > 8:
         # Half of them with the length made right too, so that the body is reached.
-        if draw.random() < 0.5 and len(blob) > 28 and len(blob) >= 28 + 8 * blob[13]:
-            blob[18:26] = struct.pack("<Q", len(blob) - 28 - 8 * blob[13])
+        if draw.random() < 0.5 and len(blob) > SHAPE_AT and len(blob) >= SHAPE_AT + 8 * blob[13]:
+            struct.pack_into("<Q", blob, LENGTH_AT, len(blob) - SHAPE_AT - 8 * blob[13])
         blob[4:8] = struct.pack("<I", crc32c(blob[8:]))
     # A change may also undo another, or make the header of one blob that of another.
     return bytes(blob), len(blob) > 8 and blob[4:8] == struct.pack("<I", crc32c(blob[8:]))

@@ -19,9 +19,8 @@ from sam_ds.bench.in_process import ClientCrash, Late, Tamper, over_the_wire
 from sam_ds.federation.messages import blob_record, blobs_of
 from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.codec import decode, encode
+from sam_ds.wire.header import LENGTH_AT, SHAPE_AT
 
-_LENGTH_AT, _SHAPE_AT = 18, 28
-"""Offsets of the codec's header (`wire/codec.py`)."""
 _NODE_UNAVAILABLE = 5
 """Flower's error code for a SuperNode that has gone."""
 _PICKLE = b"cposix\nsystem\n(S'exit 1'\ntR."
@@ -182,10 +181,10 @@ FAULTS = {
     "no unit": Fault(replace_blobs("units", lambda b: {}), "missing-unit"),
     "a flipped bit": Fault(change_first(_flipped), "corrupt"),
     "a truncated blob": Fault(change_first(lambda v, r: encode(v, base_round=r)[:-1]), "corrupt"),
-    "a length of 10 GB": Fault(change_first(_forged(_LENGTH_AT, 10**10)), "corrupt"),
-    "a shape of 10 GB": Fault(change_first(_forged(_SHAPE_AT, 10**10)), "wrong-shape"),
+    "a length of 10 GB": Fault(change_first(_forged(LENGTH_AT, 10**10)), "corrupt"),
+    "a shape of 10 GB": Fault(change_first(_forged(SHAPE_AT, 10**10)), "wrong-shape"),
     "counters of 10 GB": Fault(
-        replace_blobs("counters", lambda b: dict.fromkeys(b, _forged(_SHAPE_AT, 10**10)(np.zeros((3, 1, 1), int), 1))),
+        replace_blobs("counters", lambda b: dict.fromkeys(b, _forged(SHAPE_AT, 10**10)(np.zeros((3, 1, 1), int), 1))),
         "corrupt",
     ),
     "a pickle": Fault(change_first(lambda v, r: _PICKLE), "corrupt"),

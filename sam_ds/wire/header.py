@@ -14,7 +14,7 @@ Layout, little endian:
 | 13            | 1       | ndim, at most 32                                                  |
 | 14            | 4       | base round: the round whose weights an update starts from         |
 | 18            | 8       | length of the body, bytes                                         |
-| 26            | 2       | zero: the body of a blob that is aligned is aligned for float32    |
+| 26            | 2       | zero: the body of an aligned blob is aligned for float32          |
 | 28            | 8 ndim  | shape                                                             |
 | 28 + 8 ndim   | length  | body: [scales, float32 a row] [positions] [values]                |
 
@@ -54,6 +54,8 @@ DTYPES = tuple(
 """What can be sent; the position in the tuple is the code in the header."""
 
 _HEAD = struct.Struct("<4sIBBBBBBIQH")
+LENGTH_AT, SHAPE_AT = 18, _HEAD.size
+"""Offsets of the body's length and of the shape."""
 _CHECKED_FROM = 8
 _CACHED = 1 << 18
 """Bytes that are still in the cache when the checksum reads what was just copied."""
@@ -138,7 +140,7 @@ def read_header(blob: bytes | memoryview) -> Header:
     dtype = DTYPES[dtype_code]
     if not allowed(_KINDS[kind], dtype) or (dtype.kind == "b" and encoding == Encoding.DENSE):
         raise CodecError(f"encoding {encoding} with values {kind} is not written for {dtype}")
-    body_at = _HEAD.size + 8 * ndim
+    body_at = SHAPE_AT + 8 * ndim
     if len(view) < body_at or length != len(view) - body_at:
         raise CodecError(f"the body should have {length} bytes; the blob has {len(view)}")
     return Header(
@@ -146,7 +148,7 @@ def read_header(blob: bytes | memoryview) -> Header:
         values=_KINDS[kind],
         dtype=dtype,
         compressed=bool(flags & _ZSTD),
-        shape=struct.unpack_from(f"<{ndim}Q", view, _HEAD.size),
+        shape=struct.unpack_from(f"<{ndim}Q", view, SHAPE_AT),
         base_round=base_round,
         body=view[body_at:],
     )

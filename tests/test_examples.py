@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from sam_ds.config import ds_config_path
 from sam_ds.experts.checkpoint import from_pretrained
+from sam_ds.federation.supernode.relay import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = shutil.which("deepspeed") or str(Path(sys.executable).parent / "deepspeed")
@@ -58,9 +58,7 @@ def train(tiny, folder: Path, *command: object, config: Path | None = None) -> P
 
 
 def launch(ranks: int) -> tuple[object, ...]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return LAUNCHER, "--num_gpus", ranks, "--master_port", probe.getsockname()[1]
+    return LAUNCHER, "--num_gpus", ranks, "--master_port", free_port()
 
 
 @pytest.mark.distributed

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from sam_ds.bench import ranks
 from sam_ds.federation.metrics import read_records
+from sam_ds.federation.supernode.relay import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = ("federation.clients_per_round=4",)
@@ -44,12 +44,6 @@ def deepspeed(ranks, port, *args):
     process = started(ranks, port, *args, output=subprocess.PIPE, errors=subprocess.PIPE)
     output, errors = process.communicate(timeout=200)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,13 @@ import torch.distributed as dist
 
 from sam_ds.federation.supernode.relay import free_port
 
-_RUN = "import sys; from sam_ds.federation.launch import main; sys.exit(main(sys.argv[1:]))"
-
 
 def one_rank(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Command and environment of `launch/run_federation.py` on one rank and one thread, without a launcher, its port
     free as of now."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return [sys.executable, "-c", _RUN, *arguments], os.environ | ranks
+    return [sys.executable, "-m", "sam_ds.federation.launch", *arguments], os.environ | ranks
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> Any:

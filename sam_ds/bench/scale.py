@@ -6,14 +6,16 @@ clients are made up (`virtual_grid.py`). `register_ms` is of a client, `asked_mb
 each reply, without the grid's own time. Times are the processor's. `rss_mb` is resident memory as the last round, whose
 end is evaluated, begins, `rss3_mb` as the third does.
 
-Ratios: time of a reply at the largest N over the smallest, at the most replies over the fewest, and memory at the last
-round over the third, of the last case. `extrapolated` is what the cases say of more clients, for this model and
-for one of 32 layers of 16 experts.
+Ratios: time of one more reply at the largest N over the smallest, the slope over K, for `reply_ms` spreads over the
+replies of a round what grows with N alone, as its checkpoint; and memory at the last round over the third, of the last
+case. `round_ms` is that rest of a round at the largest N. `extrapolated` is what the cases say of more clients, for
+this model and for one of 32 layers of 16 experts.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -62,16 +64,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         corpus = load_corpus("embedded", public_every=4)
         base = _base(Path(folder), corpus, options.seed)
         rows = [_case(base, corpus, clients, drawn, options) for clients, drawn in cases]
-    few, many = min(drawn for _, drawn in cases), max(drawn for _, drawn in cases)
     small, large = min(clients for clients, _ in cases), max(clients for clients, _ in cases)
-
-    def reply(clients: int, drawn: int) -> float:
-        return float(np.mean([r["reply_ms"] for r in rows if (r["clients"], r["drawn"]) == (clients, drawn)] or np.nan))
-
+    (reply, _), (at_large, beside) = _reply_and_round(rows, small), _reply_and_round(rows, large)
     return {"rows": rows, "ratios": {
-        "reply, N": reply(large, many) / reply(small, many), "reply, K": reply(large, many) / reply(large, few),
-        "memory over rounds": rows[-1]["rss_mb"] / rows[-1]["rss3_mb"],
-    }, "extrapolated": _extrapolated(rows)}  # fmt: skip
+        "reply, N": at_large / reply, "memory over rounds": rows[-1]["rss_mb"] / rows[-1]["rss3_mb"],
+    }, "round_ms": beside, "extrapolated": _extrapolated(rows)}  # fmt: skip
+
+
+def _reply_and_round(rows: list[dict[str, Any]], clients: int) -> tuple[float, float]:
+    """Milliseconds of one more reply, and of a round's rest, which does not depend on how many there are: the line
+    through the cases of so many clients, NaN where all have one number of replies."""
+    drawn, rounds = np.array([(r["drawn"], r["drawn"] * r["reply_ms"]) for r in rows if r["clients"] == clients]).T
+    if len(set(drawn)) < 2:
+        return math.nan, math.nan
+    slope, rest = np.polyfit(drawn, rounds, 1)
+    return float(slope), float(rest)
 
 
 def _config(folder: Path, clients: int, drawn: int, rounds: int, seed: int) -> RunConfig:

@@ -22,13 +22,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from in_process import SETTINGS
 from safetensors.torch import load_file
-from test_launch import ROOT, alone, free_port
+from test_launch import ROOT, alone
 
 from sam_ds.config import flatten, to_toml
 from sam_ds.experts.checkpoint import fingerprint
 from sam_ds.federation.grid import identify
 from sam_ds.federation.metrics import read_records
-from sam_ds.federation.supernode.relay import WorkerDied, private_folder, relay, stop
+from sam_ds.federation.supernode.relay import WorkerDied, free_port, private_folder, relay, stop
 
 TINY = (*SETTINGS, "federation.rounds=2", "federation.clients=3", "federation.edit_every=1", "tiers.large.ranks=2")
 
@@ -76,6 +76,42 @@ def test_three_nodes_are_the_launchers_run(tiny, one_rank, tmp_path, monkeypatch
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
     assert not _left(str(scratch))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_whose_superlink_and_server_are_killed_goes_on_to_the_same_bytes(tiny, tmp_path):
+    """SIGKILL for both after the first round; the same command again leaves what a run does that nobody stopped."""
+    run = [f'model="{tiny.model}"', f'data="{tiny.corpus}"', *TINY, "federation.rounds=3", "tiers.large.ranks=1"]
+
+    def start(out, scratch, port):
+        scratch.mkdir()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "PORT": str(port),
+                                    "TMPDIR": str(scratch),
+                                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+        with open(tmp_path / f"{scratch.name}.log", "wb") as log:
+            command = [str(ROOT / "examples" / "deployment" / "run.sh"), str(out), *run]
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole, tmp_path / "a", four_ports()).wait(300) == 0
+    port = four_ports()
+    process = start(killed, tmp_path / "b", port)
+    while not (killed / "checkpoints" / "round-00001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    found = [_processes(f"{name}.*127.0.0.1.*{port}") for name in ("flower-superlink", "flwr-serverapp")]
+    assert all(found)
+    for pid in (pid for pids in found for pid in pids):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(120) != 0
+    assert not (killed / "report.html").exists()
+    assert not _left(str(tmp_path / "b"))
+    assert start(killed, tmp_path / "c", four_ports()).wait(300) == 0
+    assert "resume after round 1" in (tmp_path / "c.log").read_text()
+    for name in ("model/model.safetensors", "model/sam.safetensors", "checkpoints/round-00003.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.distributed

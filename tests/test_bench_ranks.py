@@ -27,7 +27,7 @@ def test_moe_times_the_same_routes_in_both_layers(capsys: pytest.CaptureFixture[
 
 @pytest.mark.distributed
 def test_memory_compares_what_is_said_with_what_was_taken(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, "memory", "--d", "64", "--m", "256", "--layers", "1", "--cases", "4", "--rounds", "1")
+    result = run(capsys, "memory", "--d", "64", "--m", "256", "--layers", "1", "--cases", "4")
     (row,) = result["rows"]
     kept = row["weights"] + row["adapters"] + row["optimizer"]
     assert row["estimated"] == kept + max(row["gradients"], row["activations"]) and row["adapters"] > 0

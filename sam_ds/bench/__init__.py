@@ -2,7 +2,7 @@
 
 A benchmark is a file here and its name in `BENCHMARKS`. It has `add_arguments(parser)` and `run(options) -> dict`
 with `rows` (dicts of the same keys: the table) and `ratios` (ours / peer, what a target is set on). All of them have
-`--rounds`, `--seed` and `--json`.
+`--json`; `bench/options.py` has the options that many share.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ def add_benchmarks(parser: argparse.ArgumentParser) -> None:
         text = (module.__doc__ or "").splitlines()[0]
         own = names.add_parser(name, help=text, description=text)
         module.add_arguments(own)
-        own.add_argument("--rounds", type=int, default=5, help="calls of each, or cases; one more call warms up")
-        own.add_argument("--seed", type=int, default=0)
         own.add_argument("--json", action="store_true", help="print one JSON object")
         own.set_defaults(run=_run, measure=module.run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    check_sizes(options, "rounds")
+    if "rounds" in options:
+        check_sizes(options, "rounds")
     result = options.measure(options)
     hidden = ("command", "benchmark", "run", "measure", "json")
     parameters = {name: value for name, value in vars(options).items() if name not in hidden}

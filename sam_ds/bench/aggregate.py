@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import Aggregated, AggregationConfig, Aggregator
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--d", type=int, default=512, help="hidden size")
     parser.add_argument("--n", type=int, default=128, help="neurons of an expert")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of replies")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.bench.timing import interleave, rows
 from sam_ds.discovery.features import weight_features
 from sam_ds.discovery.kmeans import balanced_kmeans, check_divides
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--groups", type=int, default=16, help="planted among the synthetic neurons")
     parser.add_argument("--model", help="folder or hub id: cluster its own neurons, layer by layer, instead")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

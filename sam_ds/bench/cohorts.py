@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.federation.participation import Member, plan_round
 
 TIERS = {"12/16/16": (12, 16, 16), "6/10/16": (6, 10, 16), "4/4/4": (4, 4, 4)}
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--least", type=int, default=5, help="clients below which a cohort is too small")
     parser.add_argument("--floor", type=float, default=0.1, help="least inclusion probability of an expert")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

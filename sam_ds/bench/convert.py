@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sam_ds.bench.conversion import SAM, Cell, active_of, distillation_of, measure, score, settings_of
-from sam_ds.bench.options import numbers
+from sam_ds.bench.options import add_seed, numbers
 from sam_ds.data.batches import pack
 from sam_ds.data.corpus import load_corpus
 from sam_ds.data.splits import Corpus
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=256, help="tokens a row")
     parser.add_argument("--out", help="JSON lines, a cell a line: cells found there are not measured again")
     parser.add_argument("--again", action="store_true", help="measure the methods anew; a cell's last line counts")
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sam_ds.bench.options import add_rounds, add_seed
 from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import RULES, AggregationConfig, Aggregator
 from sam_ds.federation.participation import sample_experts
@@ -29,6 +30,8 @@ GRAINS = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=float, default=4.0, help="largest 1/p of `clipped`")
     parser.add_argument("--spread", type=float, default=0.5, help="of the answers about their common mean of 1")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

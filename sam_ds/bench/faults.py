@@ -22,6 +22,7 @@ import torch.distributed as dist
 from sam_ds.bench.hostile import hostile_rows
 from sam_ds.bench.in_process import Federation, Tamper
 from sam_ds.bench.kills import PHASES, kill_and_resume
+from sam_ds.bench.options import add_rounds, add_seed
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.tampering import FAULTS
 from sam_ds.bench.tiny import Tiny, write_corpus, write_model, write_tiny
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="of both: folder of <domain>/{train,valid,test}.*; by default a tiny one")
     parser.add_argument("--runs", default="runs/faults", help="of both: for runs; what is there is not done again")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of --hostile: a run's keys")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

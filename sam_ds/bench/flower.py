@@ -39,7 +39,7 @@ from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.serverapp import Grid, ServerApp
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, check_sizes
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.tiny import SETTINGS, write_corpus, write_model
 from sam_ds.clients.task import WorkerGroup
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulation", action="store_true", help="Flower's own too; needs flwr[simulation]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of `train` and `process`")
     parser.add_argument("--skip", choices=("empty", "process"), help="leave this part out")
+    add_rounds(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_seed, check_sizes
 from sam_ds.errors import InputError
 from sam_ds.wire.checksum import crc32c
 from sam_ds.wire.codec import DTYPES, CodecError, decode, encode
@@ -44,6 +44,7 @@ _WIDE_EDGES = (0, 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63, 2**64 - 1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=20_000, help="mutated blobs")
     parser.add_argument("--start", type=int, default=0, help="number of the first")
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from sam_ds.bench.options import check_sizes, numbers
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes, numbers
 from sam_ds.bench.timing import Timed, interleave
 from sam_ds.errors import InputError
 from sam_ds.experts.config import SamConfig
@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active", default="4,8", help="experts a token visits, roots included; parted by commas")
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32")
     parser.add_argument("--device", default="cpu")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

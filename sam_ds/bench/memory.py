@@ -24,7 +24,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig
 
-from sam_ds.bench.options import check_sizes, numbers
+from sam_ds.bench.options import add_seed, check_sizes, numbers
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.tiers import converted_llama
 from sam_ds.config import RunConfig, TierSection, load_config
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8)
     every = ",".join(map(str, range(len(CASES))))
     parser.add_argument("--cases", default=every, help="the rows to run, numbers parted by commas; all by default")
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sam_ds.bench.layer import gated_ffn, random_layer
-from sam_ds.bench.options import check_sizes, numbers
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes, numbers
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active", type=int, default=4, help="experts a token visits, roots included")
     parser.add_argument("--roots", type=int, default=2)
     parser.set_defaults(dtype="fp32")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

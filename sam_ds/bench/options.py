@@ -10,6 +10,16 @@ from sam_ds.errors import InputError
 Number = TypeVar("Number", int, float)
 
 
+def add_rounds(parser: argparse.ArgumentParser) -> None:
+    """How often each is measured; what takes it is `options.rounds`, 1 or more."""
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each, or cases; one more call warms up")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Of what is drawn."""
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def check_sizes(options: argparse.Namespace, *names: str) -> None:
     """Raises InputError for one that is below 1."""
     for name in names:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sam_ds.bench.memory import resident
-from sam_ds.bench.options import check_sizes, numbers
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes, numbers
 from sam_ds.bench.virtual_grid import VirtualGrid
 from sam_ds.config import RunConfig, load_config
 from sam_ds.data.corpus import load_corpus
@@ -50,6 +50,8 @@ _PER_CLIENT = ("scores", "rates", "examples", "fitness", "ever_held")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="1000:50,1000:200,10000:200,100000:50,100000:200",
                         help="clients:clients a round, with commas, the largest last")  # fmt: skip
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
 from sam_ds.experts.checkpoint import from_pretrained
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held", type=int, default=4, help="experts that the smaller client holds, roots included")
     parser.add_argument("--trains", choices=TRAINS[:2], default="full")
     parser.add_argument("--standin-rank", type=int, default=16)
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
 from sam_ds.wire.codec import decode, encode, encode_into
@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scattered", type=float, default=0.01, help="share of the values that is not zero")
     parser.add_argument("--units", type=int, default=2000, help="of 64 values each, encoded and decoded together")
     parser.add_argument("--peers", action="store_true", help="also zstd, safetensors, torch.save, npz and scipy's COO")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

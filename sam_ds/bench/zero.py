@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sam_ds.bench.options import check_sizes, numbers
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes, numbers
 from sam_ds.bench.ranks import on_ranks
 from sam_ds.bench.tiers import converted_llama
 from sam_ds.errors import InputError
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--m", type=int, default=2048, help="neurons of an FFN")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=16)
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

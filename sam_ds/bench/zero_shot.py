@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sam_ds.bench.options import check_sizes
+from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.data.batches import batch_indices
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError, nearest
@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=100, help="of the assembler's training on the domain")
     parser.add_argument("--lr", type=float, default=3e-3, help="of that training")
+    add_rounds(parser)
+    add_seed(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

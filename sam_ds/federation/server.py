@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,15 +47,17 @@ from sam_ds.federation.state import ServerState, sync, unfinished, writing
 from sam_ds.graph.assembler import Assembler
 from sam_ds.wire.payload import ExpertUnit, Unit
 
+if TYPE_CHECKING:
+    from sam_ds.federation.methods.base import Method
+
 
 class Server:
     """Owns the state. Everything here runs on one rank, in one thread."""
 
     def __init__(
-        self, config: RunConfig, base: Path, corpus: Corpus, method: Any, domains: Sequence[str]
+        self, config: RunConfig, base: Path, corpus: Corpus, method: Method, domains: Sequence[str]
     ) -> None:
-        """`method`: a `Method`, which is written over this class. `domains`: of every client, the one with most of its
-        documents."""
+        """`domains`: of every client, the one with most of its documents."""
         self.config = config
         self.corpus = corpus
         self.domains = domains

@@ -197,8 +197,9 @@ def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     assert ratio == pytest.approx(sam["merged"] / fedavg["merged"]) and result["missing"] == 0
     lines = (tmp_path / "benchmarks" / "suite.jsonl").read_text()
     assert str(tmp_path) not in lines and len(lines.splitlines()) == 2
-    page = (tmp_path / "benchmarks" / "suite.html").read_text()
-    assert page.count("<svg") == 6
+    plots = (tmp_path / "benchmarks" / "suite-main.svg").read_text()
+    # The figure and three axes for the merged models; of sparse ones there is but one.
+    assert plots.count("<svg") == 1 + 3 and "sam</text>" in plots and "fedavg</text>" in plots
     # Nothing runs again, wherever the model is now.
     assert main([*arguments, "--jobs", "1", "--minutes", "0", "--models", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == result["rows"]

@@ -11,11 +11,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sam_ds.errors import InputError
+from sam_ds.evaluation.figure import figure
 from sam_ds.evaluation.records import read
 from sam_ds.evaluation.report import summary_table, write_report
-from sam_ds.evaluation.svg import arc_diagram, line_chart, short, stacked_bars, ticks
+from sam_ds.evaluation.svg import arc_diagram, line_chart, lines, powers, short, stacked_bars, ticks
 
 HOSTILE = "<script>alert('x')</script>&\"q\""
 LAYERS, EXPERTS = 2, 6
@@ -160,7 +163,7 @@ def test_every_section_is_there_and_linked(tmp_path: Path) -> None:
 
 def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
     words = " ".join(_page(tmp_path, _records())[1].words)
-    for figure in [
+    for expected in [
         "39.60", "from 45.10", "-12.2%", "42.90",  # merged headline and sparse headline after
         "9.0 MB", "18.0 MB", "50% of the raw tensors", "5.0% of the wall time",
         "5.0 MB of frozen base weights",
@@ -169,7 +172,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
         "0.002 nats, the largest change seen",
         "layer 0: 1 pruned, 1 promoted", "layer 1: 0 pruned, 0 promoted", "36,864", "150GFLOP", "sam.top_k",
     ]:  # fmt: skip
-        assert figure in words, figure
+        assert expected in words, expected
 
 
 def test_faults_are_counted_by_reason(tmp_path: Path) -> None:
@@ -282,6 +285,30 @@ def test_lines_leave_out_what_is_not_finite() -> None:
     chart = line_chart({"a": [(0, 1.0), (1, math.inf), (2, 3.0), (3, math.nan)]}, "x", "y")
     assert chart.count("<circle") == 2 and "inf" not in chart and "nan" not in chart
     assert "no figures" in line_chart({}, "x", "y") and "no figures" in stacked_bars({}, ["a"], "s")
+
+
+def test_a_logarithmic_axis_puts_tenfold_apart_equally() -> None:
+    chart = lines({"a": [(0.0, 9.0), (1.0, 1.0), (10.0, 2.0), (100.0, 3.0)]}, "x", "y", log_x=True)
+    first, second, third = (float(x) for x in re.findall(r'cx="([\d.]+)"', chart))
+    assert third - second == pytest.approx(second - first, abs=0.1) and second > first
+
+
+@given(low=st.floats(1e-6, 1e6), factor=st.floats(1, 1e6))
+def test_powers_cover(low: float, factor: float) -> None:
+    marks = powers(low, low * factor)
+    assert len(marks) >= 2 and marks[0] <= low * (1 + 1e-9) and marks[-1] >= low * factor * (1 - 1e-9)
+
+
+def test_a_figure_names_its_series_once() -> None:
+    names = [f"series {number}" for number in range(8)]
+    charts = {title: lines({name: [(1, 1), (2, 2)] for name in names}, "x", title) for title in ("first", "second")}
+    drawn = ElementTree.fromstring(figure(charts, names, columns=1))
+    texts = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert [texts.count(name) for name in names] == [1] * 8 and {"first", "second"} <= {*texts}
+    # What has a colour of an earlier series is dashed.
+    assert sum("again" in element.attrib.get("class", "") for element in drawn.iter()) == 2 + 2 * (2 + 2 * 2)
+    _, _, width, height = map(float, drawn.attrib["viewBox"].split())
+    assert width < height
 
 
 def test_more_use_is_darker() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -30,9 +31,9 @@ from sam_ds.bench.ranks import one_rank
 from sam_ds.bench.suite import MODELS, Cell, Comparison, Suite, Table, read_results
 from sam_ds.config import to_toml
 from sam_ds.errors import InputError, nearest
-from sam_ds.evaluation.page import PAGE
+from sam_ds.evaluation.figure import figure
 from sam_ds.evaluation.records import Records, read
-from sam_ds.evaluation.svg import line_chart
+from sam_ds.evaluation.svg import lines
 
 Curve = Sequence[Mapping[str, Any]]
 
@@ -102,7 +103,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{results} has records of different texts under one setting: {sorted(texts)}; give another "
                          "file")  # fmt: skip
     pairs = [pair for comparison in table.compare for pair in _compared(comparison, done)]
-    results.with_suffix(".html").write_text(_page(table, done), encoding="utf-8")
+    if plots := _plots(table, done):
+        results.with_name(f"{results.stem}-{options.table}.svg").write_text(plots, encoding="utf-8")
     return {
         "rows": _rows(table, done), "ratios": {pair["name"]: pair["ratio"] for pair in pairs}, "pairs": pairs,
         "tuned": tuned, "missing": len(suite.cells(table, tuned)) - len(done),
@@ -149,8 +151,8 @@ def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
             record |= {"diverged": True}
         else:
             raise InputError(f"the cell {cell.name} stopped with {code}; {folder / 'log.txt'} says why:\n{why}")
-        with open(results, "a") as lines:
-            lines.write(json.dumps(record) + "\n")
+        with open(results, "a") as file:
+            file.write(json.dumps(record) + "\n")
         for part in ("base", "checkpoints", "model", "redrawn", "spool"):
             shutil.rmtree(folder / part, ignore_errors=True)
 
@@ -259,28 +261,28 @@ def _end(record: Mapping[str, Any]) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _page(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
-    """Curves of every setting, the mean over the seeds, as one page that stands alone."""
-    body = ""
-    for setting in table.settings:
-        figures = ""
-        axes = (("up", 1e6, "MB uploaded"), ("flops", 1e12, "TFLOPs of clients"), ("round", 1, "round"))
-        for axis, unit, label in axes:
-            for model in ("merged", "sparse"):
-                series = {}
-                for variant in table.variants:
-                    own = [r["curve"] for c, r in done if (c.variant, c.setting) == (variant, setting)]
-                    if own and own[0][-1][model] is not None:
-                        series[variant] = [
-                            tuple(float(np.mean([point[name] for point in points])) / (unit if name == axis else 1)
-                                  for name in (axis, model))
-                            for points in zip(*own, strict=True)
-                        ]  # fmt: skip
-                if series:
-                    figures += f"<figure>{line_chart(series, label, f'{model} headline')}</figure>"
-        body += f'<section id="{setting}"><h2>{setting}</h2>{figures}</section>'
-    links = "".join(f'<a href="#{setting}">{setting}</a>' for setting in table.settings)
-    return PAGE.format(title="Federated methods side by side", state=f"{len(done)} runs", links=links, body=body)
+def _plots(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
+    """Curves of every setting, the mean over the seeds, as one SVG; empty where no setting has two of them.
+
+    Without their common start, beside which all differences between them are small.
+    """
+    drawings = {}
+    axes = (("up", 1e6, "MB uploaded"), ("flops", 1e12, "TFLOPs of clients"), ("round", 1, "round"))
+    for setting, model, (axis, unit, label) in itertools.product(table.settings, MODELS, axes):
+        series: dict[str, list[tuple[float, float]]] = {variant: [] for variant in table.variants}
+        for variant in table.variants:
+            own = [r["curve"] for c, r in done if (c.variant, c.setting) == (variant, setting)]
+            if own and own[0][-1][model] is not None:
+                series[variant] = [
+                    (float(np.mean([point[axis] for point in points])) / unit,
+                     float(np.mean([point[model] for point in points])))
+                    for points in zip(*own, strict=True) if points[0][axis] > 0
+                ]  # fmt: skip
+        if sum(map(bool, series.values())) > 1:
+            # Bytes of whole and of low-rank updates lie orders of magnitude apart.
+            drawing = lines(series, label, f"{model} headline", log_x=axis == "up")
+            drawings[f"{setting}, {model} model: headline by {label}"] = drawing
+    return figure(drawings, table.variants, columns=2) if drawings else ""
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:

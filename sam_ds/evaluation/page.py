@@ -54,6 +54,7 @@ svg text {{ font: 11px system-ui, sans-serif; fill: var(--soft); }}
 .legend i {{ display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 5px; }}
 .grid {{ stroke: var(--line); fill: none; }}
 .line, .arc {{ fill: none; stroke-width: 2; }}
+.line.again {{ stroke-dasharray: 5 4; }} i.again {{ opacity: 0.5; }}
 .arc {{ stroke: var(--c0); stroke-width: 1.2; }}
 .pruned {{ stroke: var(--pruned); stroke-width: 2; stroke-dasharray: 4 3; }}
 .promoted {{ stroke: var(--promoted); stroke-width: 2.4; }}

@@ -1,7 +1,7 @@
 """Small drawings as inline SVG text: lines, bars, expert graphs, heat maps. Colours come from the page's CSS.
 
-Series are the classes c0..c5. Every text that came from outside is escaped here, so a caller passes plain
-strings.
+Series are the classes c0..c5, from the seventh on with dashes. Every text that came from outside is escaped here, so a
+caller passes plain strings.
 """
 
 from __future__ import annotations
@@ -27,6 +27,17 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
+def powers(low: float, high: float) -> list[float]:
+    """Powers of ten, two or more, that cover [low, high], both above 0."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**power for power in range(first, max(last, first + 1) + 1)]
+
+
+def series_class(index: int) -> str:
+    """The CSS classes of a series: its colour, and dashes where the colours are used again."""
+    return f"c{index % _SERIES}" + (" again" if index >= _SERIES else "")
+
+
 def short(value: float) -> str:
     """Three or four significant digits with k, M, G, T for thousands; what is not finite as it is."""
     if not math.isfinite(value):
@@ -39,21 +50,32 @@ def short(value: float) -> str:
 
 def legend(names: Sequence[str]) -> str:
     """The names of the series with their colours."""
-    items = (f'<span><i class="c{i % _SERIES}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    items = (f'<span><i class="{series_class(i)}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     return f'<div class="legend">{"".join(items)}</div>'
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """Lines with a dot at each point; points that are not finite are left out."""
-    finite = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()}
-    points = [point for line in finite.values() for point in line]
-    if not points:
+    """`lines` under their legend; a note where there is no point yet."""
+    if not any(math.isfinite(x) and math.isfinite(y) for points in series.values() for x, y in points):
         return '<p class="none">no figures yet</p>'
-    x_ticks = ticks(min(0.0, *(x for x, _ in points)), max(x for x, _ in points))
+    return legend(list(series)) + lines(series, x_label, y_label)
+
+
+def lines(series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False) -> str:
+    """Lines with a dot at each point, of which there is one or more; those that are not finite are left out, on a
+    logarithmic axis those at x <= 0 too."""
+    finite = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)]
+        for name, points in series.items()
+    }  # fmt: skip
+    points = [point for line in finite.values() for point in line]
+    smallest, largest = min(x for x, _ in points), max(x for x, _ in points)
+    x_ticks = powers(smallest, largest) if log_x else ticks(min(0.0, smallest), largest)
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+    scale = math.log10 if log_x else float
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        across = (scale(x) - scale(x_ticks[0])) / (scale(x_ticks[-1]) - scale(x_ticks[0]))
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return (
             _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
@@ -73,7 +95,7 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
             f'<text x="{column:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{short(x)}</text>'
         )
     for index, (name, line) in enumerate(finite.items()):
-        color = f"c{index % _SERIES}"
+        color = series_class(index)
         where = [at(x, y) for x, y in sorted(line)]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in where)
         parts.append(f'<path class="line {color}" d="M{path}"/>' if where else "")
@@ -85,7 +107,7 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
     parts.append(
         f'<text x="{(_WIDTH + _LEFT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
-    return legend(list(finite)) + _svg(_WIDTH, _HEIGHT, "".join(parts), f"{y_label} against {x_label}")
+    return _svg(_WIDTH, _HEIGHT, "".join(parts), f"{y_label} against {x_label}")
 
 
 def stacked_bars(rows: Mapping[str, Sequence[float]], names: Sequence[str], unit: str) -> str:

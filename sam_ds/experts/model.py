@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
+from inspect import signature
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +221,7 @@ class SamMixin(_Base):
         self.__class__ = type(self).__mro__[2]
         return self
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the folder; low-rank updates must be folded in before (`fold_lora`). The gains of messages are among
         what SAM adds: `sam_ds.from_pretrained` reads them, the plain model of the folder sends none (`dense`).
 
@@ -228,16 +230,19 @@ class SamMixin(_Base):
         self.check_views("saved")
         if any(layer.lora is not None for layer in self.sam_layers):
             raise InputError("model has low-rank updates that are not in its weights; call fold_lora() before saving")
-        if kwargs.get("variant") is not None:
-            raise InputError(f"variant={kwargs['variant']!r}: a converted model has one set of weights a folder; give "
+        save = super().save_pretrained
+        given = signature(save).bind(save_directory, *args, **kwargs)
+        if (variant := given.arguments.get("variant")) is not None:
+            raise InputError(f"variant={variant!r}: a converted model has one set of weights a folder; give "
                              "it a folder of its own instead")  # fmt: skip
-        state = kwargs.pop("state_dict", None)
+        state = given.arguments.get("state_dict")
         if state is None:
             state = self.state_dict()
         added = [f"{path}.sam." for path in self._sam_original] + ["sam_assembler."]
         plain = {name: value for name, value in state.items() if not name.startswith(tuple(added))}
-        super().save_pretrained(save_directory, state_dict=plain, **kwargs)
-        if not kwargs.get("is_main_process", True):
+        given.arguments["state_dict"] = plain
+        save(*given.args, **given.kwargs)
+        if not given.arguments.get("is_main_process", True):
             return
         own = {name: value for name, value in state.items() if name.startswith(tuple(added))}
         own |= {"affinity_LEE": self.sam_affinity_LEE}

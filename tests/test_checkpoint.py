@@ -103,4 +103,15 @@ def test_a_plain_model_saved_over_a_converted_one_is_plain(model, tmp_path, size
 def test_a_variant_is_refused(model, tmp_path):
     with pytest.raises(InputError, match="variant='fp16'"):
         model.save_pretrained(tmp_path / "new", variant="fp16")
+    with pytest.raises(InputError, match="variant='fp16'"):
+        model.save_pretrained(tmp_path / "new", True, None, False, "50GB", "fp16")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_saved_may_be_given_by_place(model, tmp_path):
+    """As a plain model takes it."""
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "new", True, state)
+    assert not any(value.any() for value in from_pretrained(tmp_path / "new").state_dict().values())
+    model.save_pretrained(tmp_path / "none", False)
+    assert not is_converted(tmp_path / "none")

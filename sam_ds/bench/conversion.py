@@ -57,7 +57,9 @@ def settings_of(method: str) -> dict[str, Any]:
         known = (SAM, *BASELINES)
         raise InputError(f"--methods has {method!r}{nearest(name, known)}; choose of {', '.join(known)}; only {SAM} "
                          f"takes settings, as in {SAM}:standin=mean")  # fmt: skip
-    defaults = {field.name: field.default for field in fields(SamConfig) if field.name not in _SET_BY_CELL}
+    defaults: dict[str, Any] = {
+        field.name: field.default for field in fields(SamConfig) if field.name not in _SET_BY_CELL
+    }
     defaults |= {_DISTILL: 0, _LORA: 0}
     settings: dict[str, Any] = {}
     for pair in pairs:

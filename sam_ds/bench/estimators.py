@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--spread must not be negative, got {options.spread}")
     cases = [_case(options.seed + number, options) for number in range(options.rounds)]
     table = {rule: np.mean([case[rule] for case in cases], axis=0) for rule in RULES}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"rule": rule, "bias2": float(bias), "variance": float(variance), "mse": float(bias + variance)}
         for rule, (bias, variance) in table.items()
     ]

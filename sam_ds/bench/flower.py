@@ -47,6 +47,7 @@ from sam_ds.config import RunConfig, flatten, load_config, to_toml
 from sam_ds.errors import InputError
 from sam_ds.federation.apps import client_app, server_app
 from sam_ds.federation.grid import DeepSpeedGrid, LocalGrid, Mailbox, answering, identify, open_stores, serve
+from sam_ds.federation.messages import metrics_of
 from sam_ds.federation.metrics import read_records
 from sam_ds.federation.supernode.relay import free_port, private_folder, stop
 
@@ -283,8 +284,8 @@ class ProcessGrid(LocalGrid):
             reply = self._answered(message)
             wall, cpu = time.perf_counter() - began, _children_seconds() - cpu
             if message.metadata.message_type == "train":
-                said = reply.content["metrics"]
-                self.spent.append((wall, float(said["load-seconds"]) + float(said["train-seconds"]), cpu))
+                said = metrics_of(reply.content)
+                self.spent.append((wall, said["load-seconds"] + said["train-seconds"], cpu))
             self._replies[identity] = reply
             identities.append(identity)
         return identities

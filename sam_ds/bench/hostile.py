@@ -20,7 +20,7 @@ import torch.distributed as dist
 from flwr.app import Message
 
 from sam_ds.bench.in_process import Federation, Tamper
-from sam_ds.bench.tampering import replace_blobs, scaled
+from sam_ds.bench.tampering import Change, replace_blobs, scaled
 from sam_ds.clients.task import WorkerGroup
 from sam_ds.clients.worker import Worker
 from sam_ds.config import load_config
@@ -95,12 +95,12 @@ def hostile(attack: str) -> Mapping[int, Tamper]:
     return dict.fromkeys(HOSTILE, scaled({"x10": 10.0, "x-10": -10.0, "flip": -1.0}[attack]))
 
 
-def _collusion(factor: float) -> Tamper:
+def _collusion(factor: float) -> Change:
     """Of each unit, all send what the first of them who holds it sends."""
     agreed: dict[str, bytes] = {}
     rounds: list[str] = []
 
-    def tamper(reply: Message) -> Any:
+    def tamper(reply: Message) -> Message:
         if rounds != [reply.metadata.group_id]:
             rounds[:] = [reply.metadata.group_id]
             agreed.clear()

@@ -87,7 +87,8 @@ def _begun(folder: Path, phase: str, round_: int = 0) -> bool:
 def _timeline(settings: Sequence[str], folder: Path) -> dict[str, float]:
     """Run without a kill; the seconds that each phase took, but for the checkpoints."""
     process = _start([*settings, "--set", f"out={folder}"], _log(folder))
-    reached, phases = {}, [phase for phase in PHASES if phase != "checkpoint"]
+    reached: dict[str, float] = {}
+    phases = [phase for phase in PHASES if phase != "checkpoint"]
     while process.poll() is None:
         reached |= {p: time.perf_counter() for p in phases if p not in reached and _begun(folder, p)}
         time.sleep(_LOOK_SECONDS)

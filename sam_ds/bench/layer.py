@@ -147,11 +147,12 @@ def with_messages(dense: nn.Module, layer: SamFFN) -> SamFFN:
     )  # fmt: skip
     (sender,) = wrap_ffns([ffn], config)
     sender.sam.load_state_dict(layer.sam.state_dict(), strict=False)
+    assert sender.sam.gain_SE is not None
     nn.init.constant_(sender.sam.gain_SE, 0.1)
     return sender
 
 
-def gated_ffn(hidden: int, neurons: int) -> nn.Module:
+def gated_ffn(hidden: int, neurons: int) -> LlamaMLP:
     """Llama's: down(silu(gate(x)) * up(x))."""
     # One head: its number need then not divide a hidden size that has no attention to it.
     return LlamaMLP(LlamaConfig(hidden_size=hidden, intermediate_size=neurons, num_attention_heads=1))

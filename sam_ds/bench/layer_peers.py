@@ -16,6 +16,7 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from sam_ds.experts.layer import SamFFN
@@ -40,6 +41,13 @@ class _GivenChoices(nn.Module):
         return (self.chosen_TJ >= 0) * straight_through(g_TJ)
 
 
+def _gated(layer: SamFFN) -> tuple[Tensor, Tensor, Tensor]:
+    """Up, gate and down, without gradient."""
+    up_dm, gate_dm, down_md = layer.matrices()
+    assert gate_dm is not None
+    return up_dm.detach(), gate_dm.detach(), down_md.detach()
+
+
 class TransformersLayer(nn.Module):
     """The experts of Mixtral with one of transformers' implementations; the roots are chosen by every token."""
 
@@ -47,7 +55,7 @@ class TransformersLayer(nn.Module):
         super().__init__()
         self.gate = _GivenChoices(layer.sam.wg[:, : layer.ffn.hidden], chosen_TJ)
         self.roots = layer.roots
-        up_dm, gate_dm, down_md = (weight.detach() for weight in layer.matrices())
+        up_dm, gate_dm, down_md = _gated(layer)
         config = MixtralConfig(
             hidden_size=up_dm.shape[0], intermediate_size=layer.neurons, num_local_experts=layer.slots,
             num_attention_heads=1, num_key_value_heads=1,
@@ -71,11 +79,11 @@ class DeepSpeedLayer(nn.Module):
     inside it, with every token on them, all experts would be padded to T rows. `gated_ffn(hidden, neurons)` makes its
     FFNs."""
 
-    def __init__(self, layer: SamFFN, chosen_TJ: Tensor, gated_ffn: Callable[[int, int], nn.Module]) -> None:
+    def __init__(self, layer: SamFFN, chosen_TJ: Tensor, gated_ffn: Callable[[int, int], LlamaMLP]) -> None:
         super().__init__()
-        up_dm, gate_dm, down_md = (weight.detach() for weight in layer.matrices())
+        up_dm, gate_dm, down_md = _gated(layer)
 
-        def ffn(first: int, experts: int) -> nn.Module:
+        def ffn(first: int, experts: int) -> LlamaMLP:
             own = slice(first * layer.neurons, (first + experts) * layer.neurons)
             made = gated_ffn(up_dm.shape[0], experts * layer.neurons).to(up_dm)
             with torch.no_grad():
@@ -103,7 +111,9 @@ class _DeepSpeedGate(nn.Module):
         self.gate = _GivenChoices(layer.sam.wg[:, : layer.ffn.hidden], chosen_TJ)
         self.roots, self.routed = layer.roots, layer.slots - layer.roots
 
-    def forward(self, x_Td: Tensor, used_token: None, sparse_routes: bool, use_tutel: bool) -> tuple:
+    def forward(
+        self, x_Td: Tensor, used_token: None, sparse_routes: bool, use_tutel: bool
+    ) -> tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]:
         assert sparse_routes and not use_tutel
         chosen_TJ = torch.where(self.gate.chosen_TJ >= 0, self.gate.chosen_TJ - self.roots, -1)
         column_TJ = torch.where(chosen_TJ >= 0, chosen_TJ, self.routed)

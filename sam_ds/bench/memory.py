@@ -99,9 +99,9 @@ def config_of(case: str) -> RunConfig:
     """The run of one of `CASES`, its tier named `only`."""
     precision, trains, ds_config, experts, ranks = case.split()
     held, num_experts = experts.split("/")
-    tier = TierSection(
-        experts=int(held), memory_gib=1e3, precision=precision, trains=trains, ds_config=f"{ds_config}.json", share=1.0
-    )
+    # The section itself checks them.
+    choices: dict[str, Any] = {"precision": precision, "trains": trains}
+    tier = TierSection(experts=int(held), memory_gib=1e3, ds_config=f"{ds_config}.json", share=1.0, **choices)
     config = load_config(None, [
         f"sam.num_experts={num_experts}", "sam.top_k=4", "sam.roots=1", "federation.floor=0.05",
         f"runtime.ranks_per_client={ranks}", f"train.batch={4 * int(ranks)}",
@@ -114,7 +114,8 @@ def _peaks(rank: int, config: RunConfig, folder: str) -> dict[str, int]:
     from sam_ds.clients.task import WorkerGroup
 
     # For products in half precision oneDNN keeps repacked weights, more than the model itself; no GPU does.
-    torch.backends.mkldnn.enabled = config.tiers["only"].precision == "fp32"
+    exact = config.tiers["only"].precision == "fp32"
+    torch.backends.mkldnn.enabled = exact  # type: ignore[assignment]  # a property of the module, which reads as a bool
     group = WorkerGroup(list(range(config.runtime.ranks_per_client)), dist.group.WORLD)
     train(config, Path(folder) / "small", group)
     return train(config, Path(folder) / "large", group)
@@ -135,7 +136,7 @@ def train(config: RunConfig, folder: Path, group: Any) -> dict[str, int]:
     loading = _peak()
     held = (tuple(range(tier.experts)),) * len(engine.layers)
     found = read_units(engine.fields, engine.shared, EngineParameters(engine.engine), held)
-    units = {unit: 0.02 * torch.randn(value.shape).numpy() for unit, value in found.items()}
+    units = {unit: (0.02 * torch.randn(value.shape)).numpy() for unit, value in found.items()}
     del found
     given = sum(value.nbytes for value in units.values()) if _on_host() else 0
     experts = config.sam.num_experts

@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rows: a layer and ep_size, seconds of rank 0. Ratios: ours / each of DeepSpeed's."""
     sizes = _check(options)
     medians = on_ranks(options.ranks, _medians, options, sizes)
-    table, ratios = [], {}
+    table: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     for ep, own in zip(sizes, medians, strict=True):
         table += [
             {"ep_size": ep, "call": name, "median_s": value, "sam": own["sam"] / value} for name, value in own.items()

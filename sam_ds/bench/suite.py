@@ -130,16 +130,17 @@ class Suite:
         found: dict[str, dict[float, Cell]] = {}
         for variant in dict.fromkeys(self.rates_of(variant) for variant in table.variants if table.tuned):
             rates = self.variants[variant].get("rates", [])
-            if rates and (self._tune is None or self._tune.get("setting") not in self.settings
-                          or not all(isinstance(self._tune.get(name), int) for name in ("seed", "rounds"))):
+            tune = self._tune or {}
+            if rates and (tune.get("setting") not in self.settings
+                          or not all(isinstance(tune.get(name), int) for name in ("seed", "rounds"))):
                 raise InputError(f"variants.{variant} has rates, but the suite has no [tune] of one of its settings, a "
                                  "seed and rounds")  # fmt: skip
             for rate in rates:
-                cell = self._cell(variant, self._tune["setting"], self._tune["seed"], rate)
+                cell = self._cell(variant, tune["setting"], tune["seed"], rate)
                 config = cell.config
                 # Judged once, at the end, on text that no table is of.
-                evaluation = replace(config.evaluation, split="valid", every=self._tune["rounds"])
-                federation = replace(config.federation, rounds=self._tune["rounds"])
+                evaluation = replace(config.evaluation, split="valid", every=tune["rounds"])
+                federation = replace(config.federation, rounds=tune["rounds"])
                 config = replace(config, federation=federation, evaluation=evaluation)
                 found.setdefault(variant, {})[rate] = replace(cell, setting="tune", config=config)
         return found

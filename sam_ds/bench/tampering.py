@@ -26,6 +26,8 @@ _NODE_UNAVAILABLE = 5
 _PICKLE = b"cposix\nsystem\n(S'exit 1'\ntR."
 """Whoever opens it runs a command."""
 Blobs = dict[str, bytes]
+Change = Callable[[Message], Message]
+"""A tamper function after which the reply still is one, and comes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Fault:
     """Why a further message of it is refused; empty where there is none."""
 
 
-def replace_blobs(record: str, change: Callable[[Blobs], Mapping[str, bytes]]) -> Tamper:
+def replace_blobs(record: str, change: Callable[[Blobs], Mapping[str, bytes]]) -> Change:
     """Change the blobs of a record of the reply."""
 
     def tamper(reply: Message) -> Message:
@@ -50,7 +52,7 @@ def replace_blobs(record: str, change: Callable[[Blobs], Mapping[str, bytes]]) -
     return tamper
 
 
-def change_first(change: Callable[[NDArray[Any], int], bytes]) -> Tamper:
+def change_first(change: Callable[[NDArray[Any], int], bytes]) -> Change:
     """Decode the first expert's first tensor, and encode it again from (values, round)."""
 
     def first(blobs: Blobs) -> Blobs:
@@ -61,7 +63,7 @@ def change_first(change: Callable[[NDArray[Any], int], bytes]) -> Tamper:
     return replace_blobs("units", first)
 
 
-def scaled(factor: float) -> Tamper:
+def scaled(factor: float) -> Change:
     """The whole update times a factor; -1 flips its signs."""
 
     def grow(blobs: Blobs) -> Blobs:
@@ -71,7 +73,7 @@ def scaled(factor: float) -> Tamper:
     return replace_blobs("units", grow)
 
 
-def with_metric(name: str, value: Any) -> Tamper:
+def with_metric(name: str, value: Any) -> Change:
     """Another value of one metric, or None to leave it out."""
 
     def tamper(reply: Message) -> Message:
@@ -82,7 +84,7 @@ def with_metric(name: str, value: Any) -> Tamper:
     return tamper
 
 
-def without(record: str) -> Tamper:
+def without(record: str) -> Change:
     """The reply lacks one of its records."""
 
     def tamper(reply: Message) -> Message:
@@ -97,7 +99,7 @@ def crash(reply: Message) -> Message:
     raise ClientCrash("CUDA out of memory")
 
 
-def _poisoned(number: float) -> Tamper:
+def _poisoned(number: float) -> Change:
     def poison(value: NDArray[Any], round_: int) -> bytes:
         value.flat[-1] = number
         return encode(value, base_round=round_)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.bench.timing import interleave
@@ -23,6 +23,7 @@ from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
 from sam_ds.experts.layer import STANDINS
+from sam_ds.experts.model import SamMixin
 from sam_ds.experts.slots import StandInStore, hold_experts, to_slots
 from sam_ds.experts.units import TRAINS, expert_weights, prepare, read_units, trained_fields
 from sam_ds.wire.codec import encode
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def converted_llama(
     options: argparse.Namespace, *, top_k: int, standin_rank: int = SamConfig.standin_rank
-) -> PreTrainedModel:
+) -> SamMixin:
     """A Llama of random weights of the options' sizes; neurons are clustered, and not regrouped."""
     torch.manual_seed(options.seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -80,7 +81,7 @@ def converted_llama(
     return get_sam_model(model, config, calibration=ids_BS, progress=False)
 
 
-def _client(options: argparse.Namespace, folder: str, held: int) -> PreTrainedModel:
+def _client(options: argparse.Namespace, folder: str, held: int) -> SamMixin:
     model = from_pretrained(folder)
     cores = StandInStore(model).core
     weights = {field.parameter: model.get_parameter(field.parameter).detach() for field in expert_weights(model)}
@@ -96,14 +97,14 @@ def _client(options: argparse.Namespace, folder: str, held: int) -> PreTrainedMo
     return model
 
 
-def _step(model: PreTrainedModel, x_Td: Tensor, dy_Td: Tensor) -> None:
+def _step(model: SamMixin, x_Td: Tensor, dy_Td: Tensor) -> None:
     for layer in model.sam_layers:
         for parameter in layer.parameters():
             parameter.grad = None
         layer(x_Td.detach().requires_grad_()).backward(dy_Td)
 
 
-def _sizes(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, float]:
+def _sizes(options: argparse.Namespace, model: SamMixin) -> dict[str, float]:
     """Bytes."""
     layers = model.sam_layers
     fields = [field for field in trained_fields(model, options.trains) if field.tensor != "wg"]

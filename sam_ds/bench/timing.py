@@ -34,9 +34,10 @@ def interleave(
     The warm-up rounds have negative numbers and are not kept. `time.process_time` as the clock leaves out the time that
     others had the processor, where all that is timed runs on one thread.
     """
-    timed = {name: Timed(seconds=[], returned=[]) for name in calls}
+    names = list(calls)
+    timed = {name: Timed(seconds=[], returned=[]) for name in names}
     for number in range(-warmup, rounds):
-        for name in list(calls) if number % 2 else reversed(calls):
+        for name in names if number % 2 else reversed(names):
             _synchronize()
             start = clock()
             returned = calls[name](number)

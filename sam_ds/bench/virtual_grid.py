@@ -84,7 +84,8 @@ class VirtualGrid(LocalGrid):
             deltas={}, counters=[np.ones((3, held, held), np.int64) for held in task["held-per-layer"]], examples=100,
             tokens=100, loss_first=1.0, loss_last=1.0, load_seconds=0.0, train_seconds=0.0, started=time.time(),
         )  # fmt: skip
-        content = result_content(result, blobs, round_, message.content["edits"]["count"])
+        edits: dict[str, Any] = dict(message.content["edits"])
+        content = result_content(result, blobs, round_, edits["count"])
         return Message(content, reply_to=message)
 
     def _blob(self, round_: int, shape: tuple[int, ...]) -> bytes:

@@ -16,6 +16,7 @@ import argparse
 import io
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.bench.timing import interleave
 from sam_ds.errors import InputError
 from sam_ds.wire.codec import decode, encode, encode_into
-from sam_ds.wire.payload import ExpertUnit, decode_units, encode_units
+from sam_ds.wire.payload import ExpertUnit, Unit, decode_units, encode_units
 
 BLOCK = 1024
 """Values of a block of 4 KiB."""
@@ -72,7 +73,7 @@ def _measure(
 ) -> None:  # fmt: skip
     blob = encode(array)
     out, buffer = np.ones_like(array), bytearray(len(blob))
-    calls = {
+    calls: dict[str, Callable[[int], object]] = {
         "copyto": lambda _: np.copyto(out, array), "encode_into": lambda _: encode_into(array, buffer),
         "decode(out=)": lambda _: decode(blob, out=out),
         "copy": lambda _: len(array.copy()), "encode": lambda _: len(encode(array)),
@@ -82,7 +83,7 @@ def _measure(
     if options.peers:
         for name, save in _peers(array).items():
             sizes[name] = len(save())
-            calls[name] = lambda _, save=save: len(save())
+            calls[name] = _length_of(save)
     timed = interleave(calls, rounds=options.rounds, clock=time.process_time)
     assert decode(blob)[0].tobytes() == array.tobytes()
     for name, own in timed.items():
@@ -116,7 +117,11 @@ def _measure_rounded(array: NDArray[np.float32], options: argparse.Namespace, ta
         })  # fmt: skip
 
 
-def _peers(array: NDArray[np.float32]) -> dict[str, Any]:
+def _length_of(save: Callable[[], bytes]) -> Callable[[int], int]:
+    return lambda _: len(save())
+
+
+def _peers(array: NDArray[np.float32]) -> dict[str, Callable[[], bytes]]:
     import torch
     import zstandard
     from safetensors.numpy import save
@@ -147,7 +152,9 @@ def _measure_units(
     options: argparse.Namespace, rng: np.random.Generator, table: list[dict[str, Any]], ratios: dict[str, float]
 ) -> None:
     values = rng.standard_normal((options.units, 4, 16), dtype=np.float32)
-    units = {ExpertUnit(k // 100, k % 100, "down.lora_A"): value for k, value in enumerate(values)}
+    units: dict[Unit, NDArray[np.float32]] = {
+        ExpertUnit(k // 100, k % 100, "down.lora_A"): value for k, value in enumerate(values)
+    }
     shapes = {unit: value.shape for unit, value in units.items()}
     blobs = encode_units(units, base_round=1)
     timed = interleave({

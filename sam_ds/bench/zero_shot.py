@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from sam_ds.bench.options import add_rounds, add_seed, check_sizes
 from sam_ds.data.batches import batch_indices
@@ -27,6 +27,7 @@ from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.nll import token_nll
 from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
+from sam_ds.experts.model import SamMixin
 from sam_ds.experts.personal import personal_graph
 from sam_ds.graph.assembler import hard_graph
 from sam_ds.graph.dag import explore, full_graph, random_graph
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         hint = nearest(options.domain, corpus.domains)
         raise InputError(f"--domain {options.domain!r} is none of {', '.join(corpus.domains)}{hint}")
     with readable(options.model):
-        model: Any = from_pretrained(options.model, dtype=torch.float32)
+        model = from_pretrained(options.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     config, splits = model.sam_config, corpus.domains[options.domain]
     window = window_of(model)
@@ -77,7 +78,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None
     graphs["zero-shot"] = own.graph_LEE, own.condition
     with model.active(options.active or config.top_k):
-        rows = [{"graph": name, "perplexity": _perplexity(model, test_BS, *graph)} for name, graph in graphs.items()]
+        rows: list[dict[str, Any]] = [
+            {"graph": name, "perplexity": _perplexity(model, test_BS, *graph)} for name, graph in graphs.items()
+        ]
         train_BS = token_rows({options.domain: splits.train}, tokenizer, window=window, tokens=64 * options.tokens)
         trained_LEE = _trained(model, own.condition, train_BS, options)
         rows.append({"graph": "trained", "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})
@@ -88,12 +91,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "ratios": {"recovered": recovered, "gap_nats": gap}}
 
 
-def _trained(model: Any, condition: Tensor, train_BS: Tensor, options: argparse.Namespace) -> Tensor:
+def _trained(model: SamMixin, condition: Tensor, train_BS: Tensor, options: argparse.Namespace) -> Tensor:
     """(L, E, E) the graph after the assembler alone has learned from the domain's text."""
     allowed_LEE = model.graph().numpy()
     roots = model.sam_config.roots
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    assert model.sam_assembler is not None, "personal_graph has asked it"
     assembler = model.sam_assembler.requires_grad_(True)
     optimizer = torch.optim.AdamW(assembler.parameters(), lr=options.lr, weight_decay=0.0)
     order = batch_indices(len(train_BS), _BATCH, options.steps, (options.seed,))
@@ -114,7 +118,7 @@ def _trained(model: Any, condition: Tensor, train_BS: Tensor, options: argparse.
 
 
 @contextmanager
-def _conditioned(model: Any, condition: Tensor) -> Iterator[None]:
+def _conditioned(model: SamMixin, condition: Tensor) -> Iterator[None]:
     """Let the gates' gradient reach the assembler inside the block."""
     model.sam_condition = condition
     try:
@@ -125,7 +129,7 @@ def _conditioned(model: Any, condition: Tensor) -> Iterator[None]:
             layer.edge_logits_SS = None
 
 
-def _perplexity(model: PreTrainedModel, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None) -> float:
+def _perplexity(model: SamMixin, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None) -> float:
     with torch.no_grad(), model.over(graph_LEE, condition):
         window = test_BS.shape[1]
         nll_sum, tokens = token_nll(model, list(test_BS), window=window, stride=window, batch=_BATCH)

@@ -68,7 +68,7 @@ def _zero(file: str, section: Any) -> dict[str, Any]:
     """`zero_optimization` with what decides memory filled in and checked."""
     if not isinstance(section, dict):
         raise InputError(f"{file}: zero_optimization = {section!r} must be an object, such as {{'stage': 2}}")
-    zero = {"stage": 0} | section
+    zero: dict[str, Any] = {"stage": 0} | section
     if type(zero["stage"]) is not int or not 0 <= zero["stage"] <= 3:
         raise InputError(f"{file}: zero_optimization.stage = {zero['stage']!r} must be 0, 1, 2 or 3")
     for name, default in _SIZES.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sam_ds.clients.ds_config import ds_config, offloads
 from sam_ds.config import RunConfig, TierSection
@@ -38,7 +37,7 @@ from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.message import Order, exchange, mail_to_all
 from sam_ds.experts.model import SamMixin, add_assembler, inject_layers, wrap_ffns
 from sam_ds.experts.slots import to_slots
-from sam_ds.experts.surgery import find_ffns
+from sam_ds.experts.surgery import LinearMap, find_ffns
 from sam_ds.experts.units import prepare
 from sam_ds.graph.route import Routing
 
@@ -76,12 +75,11 @@ class Estimate:
         return self.kept + max(self.gradients, self.activations)
 
 
-def slot_model(dense: PreTrainedModel, tier: TierSection, config: RunConfig) -> PreTrainedModel:
+def slot_model(dense: PreTrainedModel, tier: TierSection, config: RunConfig) -> SamMixin:
     """A client's model, from the dense one on the meta device, with gradients for what trains."""
-    model, settings, sam = copy.deepcopy(dense), config.train, SamConfig.of_run(config)
-    ffns = find_ffns(model)
-    inject_layers(model, sam, ffns, wrap_ffns(ffns, sam))
-    assert isinstance(model, SamMixin)
+    plain, settings, sam = copy.deepcopy(dense), config.train, SamConfig.of_run(config)
+    ffns = find_ffns(plain)
+    model = inject_layers(plain, sam, ffns, wrap_ffns(ffns, sam))
     to_slots(model, tier.experts)
     add_assembler(model, seed=config.seed)
     prepare(
@@ -138,11 +136,11 @@ def estimate(dense: PreTrainedModel, tier: TierSection, config: RunConfig) -> Es
 def _matrices(model: PreTrainedModel) -> int:
     """Elements of what `to_nf4` quantizes."""
     head = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+    linear = [module for module in model.modules() if isinstance(module, LinearMap) and module is not head]
     return sum(module.weight.numel() for module in linear)
 
 
-def _passes(model: PreTrainedModel, tier: TierSection, config: RunConfig, *, kept: float) -> int:
+def _passes(model: SamMixin, tier: TierSection, config: RunConfig, *, kept: float) -> int:
     """Bytes at the height of a forward and backward pass, beyond the model's own; `kept` is the share of a gradient
     that stays once it is there."""
     tokens = (config.train.batch // config.ranks_of(tier), config.train.sequence)
@@ -153,9 +151,9 @@ def _passes(model: PreTrainedModel, tier: TierSection, config: RunConfig, *, kep
             for name, value in module._parameters.items():
                 if value is not None and value not in tied:
                     tied[value] = nn.Parameter(torch.empty(value.shape, dtype=dtype), value.requires_grad)
-                module._parameters[name] = tied.get(value)
-            for name, value in module._buffers.items():
-                module._buffers[name] = None if value is None else torch.empty(value.shape, dtype=value.dtype)
+                module._parameters[name] = None if value is None else tied[value]
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
         model.sam_condition = torch.zeros(len(model.sam_layers), config.sam.num_experts + 1)
         whole = any(config.train.whole_steps())
         for layer in model.sam_layers:
@@ -201,12 +199,13 @@ def _visit_some(layer: SamFFN, visited: int) -> None:
     def message(x_Td: Tensor, _: Any = None, weight_TS: Tensor | None = None, __: Any = None) -> Tensor:
         return exchange(layer, x_Td, mail_to_all(x_Td, order), weight_TS)
 
+    methods: dict[str, Callable[..., Any]] = {"routing": routing, "_visit": visit}
     if layer.semantics == "message":
         # Over all edges: a client's graph is not known, and what an edge needs is given back at once.
         order = Order(levels=tuple((slot,) for slot in range(visited)), edges=tuple(combinations(range(visited), 2)))
-        layer._dense = visit = message  # type: ignore[method-assign]
+        methods |= {"_dense": message, "_visit": message}
     layer.top_k = visited
-    layer.routing, layer._visit = routing, visit  # type: ignore[method-assign]
+    vars(layer).update(methods)
 
 
 class _Live(TorchDispatchMode):

@@ -147,7 +147,12 @@ class TierEngine:
         """The attention's own weights from disk, where updates have been merged into them."""
         for path, linear in self._attention.items():
             weight = self._merged_file.read(f"{path}.weight")
-            yield f"{path}.weight", linear.pack(weight) if self.layers[0].backend == "nf4" else weight
+            if self.layers[0].backend == "nf4":
+                from sam_ds.experts.nf4 import Nf4Map
+
+                assert isinstance(linear, Nf4Map)
+                weight = linear.pack(weight)
+            yield f"{path}.weight", weight
 
     def _values(self, units: Mapping[Unit, Tensor], held: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
         """All that changes from client to client, by the name of the parameter; one at a time is in memory."""
@@ -172,6 +177,9 @@ class TierEngine:
             whole = torch.empty(self._weight_shapes[field.parameter])
             self._merged_file.read_experts(field, held[field.layer], whole)
             if layer.backend == "nf4" and field.tensor in ("up", "gate", "gate_up", "down"):
+                from sam_ds.experts.nf4 import Nf4FFN
+
+                assert isinstance(layer, Nf4FFN)
                 rows = [field.read(whole, slot) for slot in range(layer.slots)]
                 for name, packed in layer.pack(field.tensor, rows).items():
                     yield f"{self._paths[field.layer]}.{name}", packed
@@ -216,10 +224,11 @@ class TierEngine:
         """Per layer (3, S, S): used, offered, together, summed over the group; empty where nothing was routed."""
         if not self.sparse:
             return []
-        counts = [
-            torch.stack([layer.counters.used_SS, layer.counters.offered_SS, layer.counters.together_SS])
-            for layer in self.layers
-        ]
+        counts = []
+        for layer in self.layers:
+            seen = layer.counters
+            assert seen is not None, "load sets them"
+            counts.append(torch.stack([seen.used_SS, seen.offered_SS, seen.together_SS]))
         if len(self.group.ranks) > 1:
             for value in counts:
                 dist.all_reduce(value, group=self.group.group)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
@@ -26,6 +26,7 @@ from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import check_architecture, get_sam_model
 from sam_ds.experts.distill import DistillConfig, check_distillation, distill
 from sam_ds.experts.layer import STANDINS
+from sam_ds.experts.model import SamMixin
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,16 +51,17 @@ def run(options: argparse.Namespace) -> int:
     corpus = load_corpus(options.calibration, public_every=0)
     with readable(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+        plain = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     texts = {name: splits.train for name, splits in corpus.domains.items()}
-    window = window_of(model)
+    window = window_of(plain)
     ids_BS = token_rows(texts, tokenizer, window=window, tokens=options.tokens)
     with _complete(Path(options.out)) as folder:
         start = time.perf_counter()
-        stored = model.dtype
+        stored = plain.dtype
         # A CPU multiplies half precision slowly, fp16 seventy times as slowly as fp32.
-        model = model.to(device, torch.float32 if device.type == "cpu" else stored)
-        get_sam_model(model, config, calibration=ids_BS)
+        dtype = torch.float32 if device.type == "cpu" else stored
+        plain = plain.to(device, dtype)  # type: ignore[arg-type]  # transformers wraps it as no method
+        model = get_sam_model(plain, config, calibration=ids_BS)
         if distillation is not None:
             # Rows that it sees again it learns by heart.
             fresh = max(options.tokens, distillation.steps * distillation.rows * window)
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _cast(model: SamMixin, dtype: torch.dtype) -> None:
     """To the precision of the plain model: its parameters, and stand-ins; gates and thresholds stay in fp32."""
     for name, parameter in model.named_parameters():
         if ".sam." not in name:

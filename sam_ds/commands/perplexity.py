@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError
-from sam_ds.evaluation.domains import headline, perplexity_by_domain
+from sam_ds.evaluation.domains import DomainScore, headline, perplexity_by_domain
 from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, is_converted, readable
+from sam_ds.experts.model import SamMixin
 from sam_ds.experts.personal import personal_graph
 from sam_ds.graph.dag import full_graph, random_graph
 
@@ -37,16 +38,20 @@ def run(options: argparse.Namespace) -> int:
         converted = is_converted(options.model)
         if options.graph != "saved" and not converted:
             raise InputError(f"--graph {options.graph} is of a converted model, and {options.model} is none")
+        model: PreTrainedModel
         if converted and not options.dense:
             model = from_pretrained(options.model, dtype=torch.float32)
         else:
             # A converted folder is a plain checkpoint too: loaded as such, it is the dense model.
             model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model.eval()
-    scores = {}
+    scores: dict[str, DomainScore] = {}
     for name, splits in corpus.domains.items():
-        saved = options.graph == "saved"
-        with nullcontext() if saved else model.over(*_graph(options, model, tokenizer, splits.train)):
+        graph: AbstractContextManager[None] = nullcontext()
+        if options.graph != "saved":
+            assert isinstance(model, SamMixin)
+            graph = model.over(*_graph(options, model, tokenizer, splits.train))
+        with graph:
             scores |= perplexity_by_domain(
                 model, tokenizer, {name: getattr(splits, options.split)}, window=options.window, stride=options.stride,
                 batch=options.batch, max_tokens=options.max_tokens,
@@ -82,7 +87,7 @@ def _check_graph(options: argparse.Namespace) -> None:
 
 
 def _graph(
-    options: argparse.Namespace, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]
+    options: argparse.Namespace, model: SamMixin, tokenizer: Any, texts: Sequence[str]
 ) -> tuple[Tensor, Tensor | None]:
     """(L, E, E) of a domain, and what the assembler knows of it."""
     experts, roots, layers = model.sam_config.num_experts, model.sam_config.roots, len(model.sam_layers)

@@ -79,7 +79,7 @@ def describe(model: PreTrainedModel, ids_BS: Tensor | None = None) -> list[Layer
                 path=path, experts=layer.num_experts, neurons=layer.neurons, roots=layer.roots,
                 active=layer.top_k, edges=edges, usage=usage_E.tolist(),
                 mass=None if watch is None else watch.mass(),
-                used=None if watch is None else [int(watch.counters.used_SS[edge]) for edge in edges],
+                used=None if watch is None else watch.used(edges),
             )
         )  # fmt: skip
     return facts
@@ -91,11 +91,12 @@ class _Watch:
     def __init__(self, layer: SamFFN) -> None:
         self.layer = layer
         self.tokens = 0
-        self.visits_E: Tensor | float = 0.0
+        like = layer.sam.wg.new_zeros((), dtype=torch.float64)
+        self.visits_E = like.new_zeros(layer.slots)
         self.counters: Counters | None = None
-        self.sums_2Ed: Tensor | float = 0.0
+        self.sums_2Ed = like.new_zeros(2, layer.slots, layer.ffn.hidden)
         """f_e, summed over all tokens and over those that visit e."""
-        self.energy_2E: Tensor | float = 0.0
+        self.energy_2E = like.new_zeros(2, layer.slots)
         """||f_e||^2, likewise."""
 
     def add(self, x_Td: Tensor) -> None:
@@ -113,6 +114,11 @@ class _Watch:
             out_CEd = torch.einsum("cen,end->ced", h_CEn, down_End).double()
             self.sums_2Ed = self.sums_2Ed + torch.einsum("wce,ced->wed", weights_2CE, out_CEd)
             self.energy_2E = self.energy_2E + torch.einsum("wce,ce->we", weights_2CE, out_CEd.square().sum(-1))
+
+    def used(self, edges: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens that took each edge."""
+        assert self.counters is not None, "it has seen a token"
+        return [int(self.counters.used_SS[edge]) for edge in edges]
 
     def usage(self) -> Tensor:
         """(E,) share of the tokens that visit each expert."""

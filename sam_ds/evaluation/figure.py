@@ -21,7 +21,7 @@ text { font: 11px system-ui, sans-serif; fill: #667085; }
 .line { fill: none; stroke-width: 2; }
 .again { stroke-dasharray: 5 4; }
 """  # fmt: skip
-_GAP, _TITLE = 24, 22
+_GAP, _TITLE = 24.0, 22.0
 _KEY = 150
 """Width of a series' name."""
 

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from sam_ds.errors import InputError
 from sam_ds.experts.attention import updated_maps
-from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.model import SamMixin
 from sam_ds.experts.units import prepare
 
@@ -63,7 +62,8 @@ def adapter_state(model: PreTrainedModel) -> dict[str, Tensor]:
         raise InputError(f"{maps[0]} has a low-rank update of its own, which this adapter does not know; call "
                          "fold_lora() and save the model, or train without attention updates")  # fmt: skip
     state = {}
-    for layer, (up, gate, down) in zip(_adapted(model), _paths(model), strict=True):
+    adapted = _adapted(model)
+    for layer, (up, gate, down) in zip(adapted.sam_layers, _paths(adapted), strict=True):
         lora = layer.lora
         assert lora is not None
         pairs = {down: (lora.down_rows.t(), lora.down_out.t())}
@@ -91,11 +91,14 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     `deepspeed.zero.GatheredParameters(model.parameters())`, on every rank.
     """
     state = adapter_state(model)
+    assert isinstance(model, SamMixin)
     paths, lora = _paths(model), model.sam_layers[0].lora
+    assert lora is not None
     rank = lora.up_in.shape[1]
     fused = [up for up, gate, _ in paths if gate == up]
     config = LoraConfig(
-        r=rank, lora_alpha=lora.scale * rank, rank_pattern=dict.fromkeys(fused, 2 * rank),
+        r=rank, lora_alpha=lora.scale * rank,  # type: ignore[arg-type]  # PEFT divides it by r, whatever it is
+        rank_pattern=dict.fromkeys(fused, 2 * rank),
         alpha_pattern=dict.fromkeys(fused, 2 * lora.scale * rank),
         # By their whole paths: GPT-2's attention has a `c_proj` too.
         target_modules=sorted({path for own in paths for path in own if path is not None}),
@@ -111,7 +114,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     }  # fmt: skip
     save_file(gates, Path(folder) / _GATES)
     config.inference_mode = True
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
 
 
 @torch.no_grad()
@@ -123,22 +126,25 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     config = LoraConfig.from_pretrained(str(folder))
     rank, alpha = config.r, config.lora_alpha
     add_lora(model, LoraConfig(r=rank, lora_alpha=alpha))
+    assert isinstance(model, SamMixin)
     try:
         state = load_file(Path(folder) / "adapter_model.safetensors")
         gates = load_file(Path(folder) / _GATES)
         for index, (layer, (up, gate, down)) in enumerate(zip(model.sam_layers, _paths(model), strict=True)):
             lora, name = layer.lora, "base_model.model.{}.lora_{}.weight".format
+            assert lora is not None
             lora.down_rows.copy_(state[name(down, "A")].t())
             lora.down_out.copy_(state[name(down, "B")].t())
             a_Ri, b_oR = state[name(up, "A")], state[name(up, "B")]
-            if gate == up:
-                m = len(b_oR) // 2
-                lora.gate_in.copy_(a_Ri[:rank].t())
-                lora.gate_rows.copy_(b_oR[:m, :rank])
-                a_Ri, b_oR = a_Ri[rank:], b_oR[m:, rank:]
-            elif gate is not None:
-                lora.gate_in.copy_(state[name(gate, "A")].t())
-                lora.gate_rows.copy_(state[name(gate, "B")])
+            if gate is not None:
+                assert lora.gate_in is not None and lora.gate_rows is not None
+                own = (a_Ri[:rank], b_oR[: len(b_oR) // 2, :rank])
+                if gate == up:
+                    a_Ri, b_oR = a_Ri[rank:], b_oR[len(b_oR) // 2 :, rank:]
+                else:
+                    own = state[name(gate, "A")], state[name(gate, "B")]
+                lora.gate_in.copy_(own[0].t())
+                lora.gate_rows.copy_(own[1])
             lora.up_in.copy_(a_Ri.t())
             lora.up_rows.copy_(b_oR)
             layer.sam.wg.copy_(gates[f"{index}"])
@@ -150,7 +156,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         raise InputError(f"{folder} holds no adapter of this model: {str(error).splitlines()[0]}") from error
 
 
-def _adapted(model: PreTrainedModel) -> list[SamFFN]:
+def _adapted(model: PreTrainedModel) -> SamMixin:
     if not isinstance(model, SamMixin):
         raise InputError("model is not converted; call get_sam_model first")
     for layer in model.sam_layers:
@@ -162,10 +168,10 @@ def _adapted(model: PreTrainedModel) -> list[SamFFN]:
         if layer.slots < layer.num_experts:
             raise InputError(f"{layer.ffn.path} holds {layer.slots} of {layer.num_experts} experts, an adapter is of "
                              "all: save it where they are together")  # fmt: skip
-    return model.sam_layers
+    return model
 
 
-def _paths(model: PreTrainedModel) -> list[tuple[str, str | None, str]]:
+def _paths(model: SamMixin) -> list[tuple[str, str | None, str]]:
     """Of every layer, where its up, gate and down maps are."""
     path_of = {id(module): path for path, module in model.named_modules()}
     found = []

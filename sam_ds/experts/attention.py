@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sam_ds.errors import InputError
-from sam_ds.experts.surgery import FFN, map_names, map_shape
+from sam_ds.experts.surgery import FFN, LinearMap, map_names, map_shape
 
 
 class LoraMap(nn.Module):
@@ -42,49 +41,56 @@ class LoraMap(nn.Module):
         return self.scale * self.a_iR @ self.b_Ro
 
 
-class Updated:
+if TYPE_CHECKING:
+    # A map with an update is one through its own class, which comes after this.
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+class Updated(_Base):
     """A linear map that adds an update: the first base of a subclass of the map's own class."""
 
     lora: LoraMap
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)  # type: ignore[misc]
+        y: Tensor = super().forward(x)
         return y + self.lora(x)
 
 
 @cache
-def _updated(cls: type[nn.Module]) -> type[Any]:
+def _updated(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (Updated, cls), {"__module__": cls.__module__})
 
 
 def add_update(linear: nn.Module, lora: LoraMap) -> None:
     """Let the map, in place, add this update."""
-    linear.__class__ = _updated(type(linear))
+    linear.__class__ = _updated(type(linear))  # type: ignore[arg-type]  # mypy takes a class's hash for its instances'
     linear.lora = lora
 
 
-def drop_update(linear: nn.Module) -> None:
+def drop_update(linear: Updated) -> None:
     """Undo `add_update`."""
     linear.__class__ = type(linear).__mro__[2]
     del linear.lora
 
 
-def updated_maps(model: nn.Module) -> dict[str, Any]:
+def updated_maps(model: nn.Module) -> dict[str, Updated]:
     """The maps with an update, by their paths, in order of depth."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Updated)}
 
 
-def attention_maps(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, nn.Module]:
+def attention_maps(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, LinearMap]:
     """Every linear map in the decoder layers of `model`, converted or not, that is no FFN's: path -> map, in order of
     depth. Raises InputError where there is none."""
-    own = {id(ffn.module.get_submodule(name)) for ffn in ffns for name in map_names(ffn)}
+    own = {id(ffn.linear(name)) for ffn in ffns for name in map_names(ffn)}
     sites = tuple(f"{ffn.site}." for ffn in ffns)
     stacks = (f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
     layers = next((path for path in stacks if all(ffn.path.startswith(path) for ffn in ffns)), None)
     found = {
         path: module for path, module in model.named_modules()
         if layers is not None and path.startswith(layers) and not path.startswith(sites) and id(module) not in own
-        and isinstance(module, nn.Linear | Conv1D)
+        and isinstance(module, LinearMap)
     }  # fmt: skip
     if not found:
         raise InputError(f"train.attention_rank: {type(model).__name__} has no linear maps in its decoder layers but "
@@ -95,4 +101,4 @@ def attention_maps(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, nn.Module
 def attention_update(linear: nn.Module, *, rank: int, alpha: float, seed: int) -> LoraMap:
     """A fresh update for this map, where the map is."""
     lora = LoraMap(*map_shape(linear), rank=rank, alpha=alpha, seed=seed)
-    return lora.to(linear.weight.device)
+    return lora.to(linear.get_parameter("weight").device)

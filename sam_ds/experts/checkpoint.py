@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import CONFIG_NAME, cached_file
 
 from sam_ds.errors import InputError
@@ -18,6 +18,7 @@ from sam_ds.experts.config import CONFIG_FILE, SamConfig
 from sam_ds.experts.model import (
     TENSOR_FILE,
     VERSION,
+    SamMixin,
     add_assembler,
     assembler_prior,
     inject_layers,
@@ -41,7 +42,7 @@ def readable(model: str) -> Iterator[None]:
         raise InputError(f"model {model!r} cannot be loaded: {line}") from error
 
 
-def from_pretrained(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(name: str | Path, **kwargs: Any) -> SamMixin:
     """Load what a converted model's `save_pretrained` wrote: a folder, or the id of its repository on the hub.
 
     `kwargs` go to AutoModelForCausalLM; `revision`, `token` and their like say which repository, for all its files.
@@ -49,14 +50,14 @@ def from_pretrained(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config_file, tensor_file = _sam_files(name, {key: kwargs[key] for key in _HUB if key in kwargs})
     config = _read_config(config_file)
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    ffns = find_ffns(model)
-    inject_layers(model, config, ffns, wrap_ffns(ffns, config))
+    plain = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    ffns = find_ffns(plain)
+    model = inject_layers(plain, config, ffns, wrap_ffns(ffns, config))
     _fill(model, tensor_file)
     return model
 
 
-def restore_sam(model: PreTrainedModel, folder: str | Path) -> None:
+def restore_sam(model: SamMixin, folder: str | Path) -> None:
     """Put what SAM adds to the converted model in this folder into one converted alike; the weights are left alone.
 
     Raises InputError as `from_pretrained` does, and where the two were not converted with the same configuration.
@@ -76,7 +77,7 @@ def _read_config(config_file: Path) -> SamConfig:
     return SamConfig.from_dict(record["sam"])
 
 
-def _fill(model: PreTrainedModel, tensor_file: Path) -> None:
+def _fill(model: SamMixin, tensor_file: Path) -> None:
     with safe_open(tensor_file, "pt") as tensors:
         own = {name: tensors.get_tensor(name) for name in tensors.keys()}
     lost_LK = own.pop("lost_LK", None)
@@ -121,7 +122,7 @@ def _sam_files(name: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
         # A name that is no folder is an id on the hub, but a path never is.
         if isinstance(name, Path) and not name.is_dir():
             raise OSError("there is no such folder")
-        sam_files = [Path(cached_file(name, file, **hub)) for file in (CONFIG_FILE, TENSOR_FILE)]
+        config_file, tensor_file = (cached_file(name, file, **hub) for file in (CONFIG_FILE, TENSOR_FILE))
         plain_file = cached_file(name, CONFIG_NAME, **hub)
     except OSError as error:
         raise InputError(f"{name} is not a converted model: {str(error).splitlines()[0]}; give a folder or hub id that "
@@ -131,4 +132,5 @@ def _sam_files(name: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
         raise InputError(f"{name} is not a converted model any more: a plain model has been saved over it; load it "
                          f"with AutoModelForCausalLM and delete {CONFIG_FILE} and {TENSOR_FILE}, which are of the "
                          "model before")  # fmt: skip
-    return sam_files[0], sam_files[1]
+    assert config_file is not None and tensor_file is not None, "what is missing raises OSError"
+    return Path(config_file), Path(tensor_file)

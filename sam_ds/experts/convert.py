@@ -38,7 +38,7 @@ def check_architecture(architecture: PreTrainedConfig, config: SamConfig) -> Pre
 @torch.no_grad()
 def get_sam_model(
     model: PreTrainedModel, config: SamConfig, *, calibration: Tensor | Iterable[Tensor], progress: bool = True
-) -> PreTrainedModel:
+) -> SamMixin:
     """Find the experts latent in `model`'s feed-forward layers and put the gate and the graph on them, in place.
 
     `calibration`: token ids, a (B, S) tensor or an iterable of such; a few thousand tokens of text like the model's.
@@ -95,7 +95,7 @@ def get_sam_model(
                 ))  # fmt: skip
         for ffn, order_m in zip(ffns, orders, strict=True):
             permute_neurons(ffn, order_m)
-        inject_layers(model, config, ffns, layers, torch.stack(lost).cpu() if lost else None)
+        converted = inject_layers(model, config, ffns, layers, torch.stack(lost).cpu() if lost else None)
         try:
             affinity = []
             inputs = layer_inputs(model, layers, batches)
@@ -107,11 +107,11 @@ def get_sam_model(
                     )
                 )  # fmt: skip
         except BaseException:
-            model.unload()
+            converted.unload()
             for ffn, order_m in zip(ffns, orders, strict=True):
                 permute_neurons(ffn, order_m.argsort())
             raise
-        model.sam_affinity_LEE = torch.stack(affinity)
+        converted.sam_affinity_LEE = torch.stack(affinity)
     finally:
         model.train(training)
-    return model
+    return converted

@@ -35,6 +35,8 @@ class DagMaskGate(nn.Module):
     it contains "expert", which `save_checkpoint` would take for an expert's own.
     """
 
+    place_R: Tensor
+
     def __init__(self, places: Sequence[int], total: int) -> None:
         """`places`: of each of the layer's routed experts, in order, its index among the MoE layer's `total`."""
         super().__init__()
@@ -223,7 +225,7 @@ def to_views(model: PreTrainedModel) -> None:
         raise InputError("model is not converted; call get_sam_model first")
     for layer, original in zip(model.sam_layers, model._sam_original.values(), strict=True):
         if isinstance(layer, MoeFFN):
-            _gather(layer)
+            _gather(layer, layer.moe)
             hand_back(original, layer.ffn)
 
 
@@ -268,7 +270,7 @@ def spread(layer: SamFFN, ep_size: int) -> None:
             own[local] = _Nobody()
             continue
         first = (layer.roots + places.index(place)) * layer.neurons
-        for index, (target, source) in enumerate(zip(own[local].tensors(), whole, strict=True)):
+        for index, (target, source) in enumerate(zip(_expert(own, local).tensors(), whole, strict=True)):
             if target is not None and source is not None:
                 target.copy_(_block(source, index, first, layer.neurons))
     moe.requires_grad_(like.requires_grad)
@@ -279,21 +281,26 @@ def spread(layer: SamFFN, ep_size: int) -> None:
 
 
 @torch.no_grad()
-def _gather(layer: MoeFFN) -> None:
-    moe, roots = layer.moe, _tensors(layer)
-    places = moe.deepspeed_moe.gate.place_R.tolist()
+def _gather(layer: SamFFN, moe: MoE) -> None:
+    roots = _tensors(layer)
+    gate = moe.deepspeed_moe.gate
+    assert isinstance(gate, DagMaskGate)
+    places = gate.place_R.tolist()
     _resize(layer, roots, layer.slots * layer.neurons)
     whole, own = _tensors(layer), _own(moe)
     group, ranks = moe.deepspeed_moe.ep_group, moe.ep_size
     for routed, place in enumerate(places):
         rank, local = divmod(place, len(own))
         mine = dist.get_rank(group) == rank
-        values = own[local].tensors() if mine else (None,) * len(whole)
+        values = _expert(own, local).tensors() if mine else (None,) * len(whole)
         for index, (target, source) in enumerate(zip(whole, values, strict=True)):
             if target is None:
                 continue
             target = _block(target, index, (layer.roots + routed) * layer.neurons, layer.neurons)
-            sent = source.contiguous() if mine else torch.empty_like(target, memory_format=torch.contiguous_format)
+            if source is None:
+                sent = torch.empty_like(target, memory_format=torch.contiguous_format)
+            else:
+                sent = source.contiguous()
             if ranks > 1:
                 dist.broadcast(sent, dist.get_global_rank(group, rank), group=group)
             target.copy_(sent)
@@ -305,6 +312,13 @@ def _own(moe: MoE) -> nn.ModuleList:
     """The experts that this rank holds."""
     own: nn.ModuleList = moe.deepspeed_moe.experts.deepspeed_experts
     return own
+
+
+def _expert(own: nn.ModuleList, local: int) -> ExpertFFN:
+    """One of them; not asked of a place that nobody takes."""
+    expert = own[local]
+    assert isinstance(expert, ExpertFFN)
+    return expert
 
 
 def _resize(layer: SamFFN, before: Sequence[Tensor | None], neurons: int) -> None:

@@ -116,12 +116,14 @@ def _train(model: PreTrainedModel, text_BS: Tensor, config: DistillConfig, progr
     assert isinstance(model, SamMixin)
     device = next(model.parameters()).device
     trained: list[Tensor] = []
+    masters: list[Tensor] = []
     groups = []
 
     def train(value: Tensor, rate: float) -> None:
         trained.append(value.requires_grad_())
         # In fp32 whatever the model's precision: half precision loses small steps and the squares of Adam.
-        groups.append({"params": [value.detach().float().clone()], "lr": rate})
+        masters.append(value.detach().float().clone())
+        groups.append({"params": masters[-1:], "lr": rate})
 
     for index, layer in enumerate(model.sam_layers):
         values = [getattr(layer.sam, name) for name in _STANDINS] + ([layer.sam.wg] if config.gates else [])
@@ -133,7 +135,6 @@ def _train(model: PreTrainedModel, text_BS: Tensor, config: DistillConfig, progr
             for value in layer.lora.parameters():
                 # Factors that start at zero have no scale of their own.
                 train(value, 0.1 * config.rate)
-    masters = [group["params"][0] for group in groups]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -19,12 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,13 +127,14 @@ def _worth_grouping(weight_io: Tensor, rows: int, experts: int) -> bool:
     return weight_io.is_cuda and aligned and rows >= 4 * experts
 
 
-def _without_autocast(step: Callable[..., Any]) -> Callable[..., Any]:
-    """What comes in has the precision it is to be multiplied in."""
+def _without_autocast(step: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What comes in, a tensor last, has the precision it is to be multiplied in."""
 
     @wraps(step)
-    def run(ctx: Any, *args: Any) -> Any:
-        with torch.autocast(args[-1].device.type, enabled=False):
-            return step(ctx, *args)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        last: Any = args[-1]
+        with torch.autocast(last.device.type, enabled=False):
+            return step(*args, **kwargs)
 
     return run
 
@@ -183,7 +187,7 @@ class _Into(torch.autograd.Function):
                     dx_td = torch.mm(*back) if dx_td is None else dx_td.addmm_(*back)
                 if dweight_dm is not None:
                     torch.mm(x_td.t(), dout_Pn[rows], out=dweight_dm[:, own])
-            if dx_Td is not None:
+            if dx_Td is not None and dx_td is not None:
                 dx_Td.index_add_(0, tokens, dx_td)
         return None, None, dx_Td, *dweights_dm
 

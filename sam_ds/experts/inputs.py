@@ -40,7 +40,7 @@ def check_text(model: PreTrainedModel, batches: Sequence[Tensor], *, what: str =
     if lowest < 0:
         raise InputError(f"{what} has token id {lowest}; give input ids, not labels with a padding mark")
     largest = max(int(ids_BS.max()) for ids_BS in batches if ids_BS.numel())
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     if largest >= vocabulary:
         raise InputError(f"{what} has token id {largest}, the model's vocabulary ends at {vocabulary - 1}: "
                          "is it the model's own tokenizer?")  # fmt: skip

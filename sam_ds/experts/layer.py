@@ -44,6 +44,13 @@ STANDINS = ("basis_dq", "core_SQp", "core_all_Qp", "spread_pd")
 class SamParts(nn.Module):
     """What SAM adds to one FFN: gate, stand-ins, graph. Everything is small beside the FFN itself."""
 
+    threshold_K: Tensor
+    basis_dq: Tensor
+    core_SQp: Tensor
+    core_all_Qp: Tensor
+    spread_pd: Tensor
+    adjacency_SS: Tensor
+
     def __init__(
         self, *, slots: int, phi: Features, by_threshold: bool, standin_rank: int, standin_outputs: int,
         hidden: int, like: Tensor, messages: bool,
@@ -115,7 +122,7 @@ class SamFFN(nn.Module):
         self.top_k = top_k
         """k, roots included; on average over the tokens where they are routed by a threshold."""
         self.neurons = ffn.neurons // num_experts
-        like = ffn.module.get_submodule(ffn.down).weight.detach()
+        like = ffn.linear(ffn.down).weight.detach()
         phi = Features(
             router, hidden=ffn.hidden, num_experts=num_experts, root_neurons=roots * self.neurons, rank=router_rank,
             gated=ffn.gate is not None, device=like.device,
@@ -211,7 +218,9 @@ class SamFFN(nn.Module):
         def complete(out_Tm: Tensor, bias_m: Tensor | None, inner: Tensor | None, rows: Tensor | None) -> Tensor:
             if bias_m is not None:
                 out_Tm = out_Tm + bias_m[own]
-            return out_Tm if lora is None else out_Tm + lora.scale * (x_Td @ inner.to(dtype)) @ rows[own].t().to(dtype)
+            if lora is None or inner is None or rows is None:
+                return out_Tm
+            return out_Tm + lora.scale * (x_Td @ inner.to(dtype)) @ rows[own].t().to(dtype)
 
         up_Tm = complete(products_Tm[0], up_b, lora and lora.up_in, lora and lora.up_rows)
         if len(products_Tm) == 1:
@@ -249,14 +258,16 @@ class SamFFN(nn.Module):
     def _routed(self, x_Td: Tensor) -> Tensor:
         products_Tr = self._root_products(x_Td)
         scores_TS = self.scores(x_Td, products_Tr)
-        # A graph task is under way where gradient checkpointing repeats a forward pass: counted already.
-        counting = self.counters is not None and torch._C._current_graph_task_id() == -1
+        counters = self.counters
+        if counters is not None and torch._C._current_graph_task_id() != -1:
+            # A graph task is under way where gradient checkpointing repeats a forward pass: counted already.
+            counters = None
         learning = torch.is_grad_enabled() and (self.sam.wg.requires_grad or self.edge_logits_SS is not None)
-        if counting or learning:
+        if counters is not None or learning:
             routing = self.routing(scores_TS)
             visited_TS = routing.visited_TS
-            if counting:
-                self.counters = self.counters + count(routing, self.sam.adjacency_SS)
+            if counters is not None:
+                self.counters = counters + count(routing, self.sam.adjacency_SS)
         else:
             visited_TS = self.reached(scores_TS, self.top_k)
         weight_TS = visited_TS.to(x_Td.dtype)
@@ -297,7 +308,7 @@ class SamFFN(nn.Module):
             if bias_m is not None:
                 bias_Pn = bias_m.unflatten(0, (self.slots, self.neurons)).index_select(0, pairs.slot_P)
                 hidden_Tr, hidden_Pn = hidden_Tr + bias_m[: hidden_Tr.shape[1]], hidden_Pn + bias_Pn
-            if lora is not None:
+            if lora is not None and inner is not None and rows is not None:
                 ((low_Tr, low_Pn),) = into(x_Td @ inner.to(dtype), [rows.t().to(dtype)], pairs)
                 hidden_Tr, hidden_Pn = hidden_Tr + lora.scale * low_Tr, hidden_Pn + lora.scale * low_Pn
             return hidden_Tr, hidden_Pn
@@ -320,7 +331,7 @@ class SamFFN(nn.Module):
         return y_Td
 
 
-def _with_gradient(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _with_gradient(layer: SamFFN, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Under ZeRO-3 a leaf's weights are gathered for the backward pass where a gradient arrives at its input: with all
     before it frozen there would be none, and the weights would be empty."""
     if not torch.is_grad_enabled() or args[0].requires_grad or not layer.ffn.sharded:

@@ -11,10 +11,14 @@ Legend: S slots, n neurons a slot, R rank, d hidden.
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
 
+# Final, so that a type checker knows it to be true wherever it is not None.
+@final
 class LoraSlices(nn.Module):
     """The low-rank update of one FFN: trained rows per neuron (zero at the start), frozen factors from `seed`."""
 

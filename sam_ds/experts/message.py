@@ -30,14 +30,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sam_ds.experts.grouped import of_each
+
+if TYPE_CHECKING:
+    from sam_ds.experts.layer import SamFFN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,8 @@ def mail_to_all(x_Td: Tensor, order: Order) -> Mail:
     return Mail(order=order, token_S=[every_T] * slots, rows_A=[(every_T, every_T)] * len(order.edges))
 
 
-def exchange(layer: nn.Module, x_Td: Tensor, mail: Mail, weight_TS: Tensor | None = None) -> Tensor:
-    """(T, d): the sum of what the visited experts of a `SamFFN` put out; w is 1 for roots, and for all without
+def exchange(layer: SamFFN, x_Td: Tensor, mail: Mail, weight_TS: Tensor | None = None) -> Tensor:
+    """(T, d): the sum of what the visited experts of a layer put out; w is 1 for roots, and for all without
     `weight_TS`.
 
     Bias of the down-projection not included.

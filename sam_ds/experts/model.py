@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
+from inspect import signature
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -37,8 +39,14 @@ TENSOR_FILE = "sam.safetensors"
 VERSION = 1
 _MARK = "transformers_weights"
 
+if TYPE_CHECKING:
+    # A converted model is one through its own class, which comes after the mixin.
+    _Base = PreTrainedModel
+else:
+    _Base = object
 
-class SamMixin:
+
+class SamMixin(_Base):
     """What a converted model can do beside everything its own class does."""
 
     sam_config: SamConfig
@@ -50,6 +58,8 @@ class SamMixin:
     sam_assembler: Assembler | None
     sam_condition: Tensor | None
     """(L, E + 1) what the assembler knows of the client or text; None: messages have the shared gains only."""
+    _sam_original: dict[str, nn.Module]
+    """What stood in the layers' places, by its path."""
 
     def assemble(self) -> None:
         """Give the layers what the assembler makes of the condition: its logits, for the gradient of the coming forward
@@ -149,7 +159,7 @@ class SamMixin:
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, counted whole where ZeRO-3 has sharded them away."""
-        counts = [(p.numel() or getattr(p, "ds_numel", 0), p.requires_grad) for p in self.parameters()]  # type: ignore[attr-defined]
+        counts = [(p.numel() or getattr(p, "ds_numel", 0), p.requires_grad) for p in self.parameters()]
         return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
 
     def print_trainable_parameters(self) -> None:
@@ -163,9 +173,10 @@ class SamMixin:
 
         Raises InputError, if `safe`, for a layer whose weights would not be finite, before any is changed.
         """
-        assert isinstance(self, PreTrainedModel)
         self.check_views("merged")
-        adapted = {layer.ffn.path: layer for layer in self.sam_layers if layer.lora is not None} | updated_maps(self)
+        adapted: dict[str, SamFFN | Updated] = {
+            **{layer.ffn.path: layer for layer in self.sam_layers if layer.lora is not None}, **updated_maps(self)
+        }
         for path, owner in adapted.items() if safe else ():
             for weight, delta in _updates(owner):
                 if not torch.isfinite((weight + delta).to(weight.dtype)).all():
@@ -199,7 +210,6 @@ class SamMixin:
 
     def unload(self) -> PreTrainedModel:
         """The plain model of the original class; low-rank updates that were not folded are dropped, and messages."""
-        assert isinstance(self, PreTrainedModel)
         self.check_views("unloaded")
         for layer, (site, original) in zip(self.sam_layers, self._sam_original.items(), strict=True):
             uninstall(self, site, original, layer.ffn)
@@ -211,7 +221,7 @@ class SamMixin:
         self.__class__ = type(self).__mro__[2]
         return self
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the folder; low-rank updates must be folded in before (`fold_lora`). The gains of messages are among
         what SAM adds: `sam_ds.from_pretrained` reads them, the plain model of the folder sends none (`dense`).
 
@@ -220,16 +230,19 @@ class SamMixin:
         self.check_views("saved")
         if any(layer.lora is not None for layer in self.sam_layers):
             raise InputError("model has low-rank updates that are not in its weights; call fold_lora() before saving")
-        if kwargs.get("variant") is not None:
-            raise InputError(f"variant={kwargs['variant']!r}: a converted model has one set of weights a folder; give "
+        save = super().save_pretrained
+        given = signature(save).bind(save_directory, *args, **kwargs)
+        if (variant := given.arguments.get("variant")) is not None:
+            raise InputError(f"variant={variant!r}: a converted model has one set of weights a folder; give "
                              "it a folder of its own instead")  # fmt: skip
-        state = kwargs.pop("state_dict", None)
+        state = given.arguments.get("state_dict")
         if state is None:
-            state = self.state_dict()  # type: ignore[attr-defined]
+            state = self.state_dict()
         added = [f"{path}.sam." for path in self._sam_original] + ["sam_assembler."]
         plain = {name: value for name, value in state.items() if not name.startswith(tuple(added))}
-        super().save_pretrained(save_directory, state_dict=plain, **kwargs)  # type: ignore[misc]
-        if not kwargs.get("is_main_process", True):
+        given.arguments["state_dict"] = plain
+        save(*given.args, **given.kwargs)
+        if not given.arguments.get("is_main_process", True):
             return
         own = {name: value for name, value in state.items() if name.startswith(tuple(added))}
         own |= {"affinity_LEE": self.sam_affinity_LEE}
@@ -310,8 +323,8 @@ def wrap_ffns(ffns: list[FFN], config: SamConfig) -> list[SamFFN]:
 
 def inject_layers(
     model: PreTrainedModel, config: SamConfig, ffns: list[FFN], layers: list[SamFFN], lost_LK: Tensor | None = None
-) -> None:
-    """Put the layers in the FFNs' places and make the model, in place, one of `SamMixin`."""
+) -> SamMixin:
+    """Put the layers in the FFNs' places and make the model, in place, one of `SamMixin`; returns it."""
     original = {}
     for ffn, layer in zip(ffns, layers, strict=True):
         layer.train(ffn.module.training)
@@ -326,6 +339,7 @@ def inject_layers(
 
     # The same name, so that a saved config.json names the original architecture.
     model.__class__ = type(cls.__name__, (SamMixin, cls), {"__module__": cls.__module__, "forward": forward})
+    assert isinstance(model, SamMixin)
     model.sam_config = config
     # Plain attributes: the modules are registered where they sit, once.
     object.__setattr__(model, "sam_layers", layers)
@@ -334,11 +348,11 @@ def inject_layers(
     model.sam_condition = None
     model.sam_affinity_LEE = torch.ones(len(layers), config.num_experts, config.num_experts)
     model.allot(lost_LK)
+    return model
 
 
-def add_assembler(model: PreTrainedModel, *, seed: int) -> None:
+def add_assembler(model: SamMixin, *, seed: int) -> None:
     """Give a converted model the assembler, its prior the log of the co-activation lift (0 = independent)."""
-    assert isinstance(model, SamMixin)
     shape = AssemblerConfig(
         layers=len(model.sam_layers), num_experts=model.sam_config.num_experts,
         messages=model.sam_config.semantics == "message",

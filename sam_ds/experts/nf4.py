@@ -29,7 +29,7 @@ from sam_ds.experts.grouped import pairs_of
 from sam_ds.experts.layer import SamFFN
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.experts.model import SamMixin
-from sam_ds.experts.surgery import hand_back, matrix
+from sam_ds.experts.surgery import LinearMap, hand_back, map_names, matrix
 
 _BLOCK, _GROUP = 64, 256
 _NAMES = ("up", "gate", "down")
@@ -37,6 +37,9 @@ _NAMES = ("up", "gate", "down")
 
 class Nf4Slots(nn.Module):
     """The (n, d) matrices of S slots, packed."""
+
+    absmax_SB: Tensor
+    scale_SG: Tensor
 
     def __init__(self, slots: int, neurons: int, hidden: int, like: Tensor) -> None:
         """`like` gives the device and the precision that ZeRO is to take the packed bytes for: that of the model, or a
@@ -141,6 +144,7 @@ class Nf4FFN(SamFFN):
         values = {}
         for index, name in enumerate(names):
             slots = self.nf4[name]
+            assert isinstance(slots, Nf4Slots)
             device = slots.scale_SG.device
             parts = [slots.quantize((own[:, index] if len(names) > 1 else own).to(device)) for own in rows]
             packed_S, absmax_SB, scale_SG = (torch.stack(own) for own in zip(*parts, strict=True))
@@ -250,36 +254,41 @@ def _quantize(layer: SamFFN, dtype: torch.dtype | None) -> None:
             slots[name] = packed = Nf4Slots(layer.slots, layer.neurons, ffn.hidden, rows_md[:0].to(dtype))
             for slot in range(layer.slots):
                 packed.write(slot, rows_md[slot * layer.neurons : (slot + 1) * layer.neurons].to(dtype))
-    for name in dict.fromkeys(layer.ffn_names):
-        if name is not None:
-            linear = ffn.module.get_submodule(name)
-            weight = linear.weight.detach()
-            # Without neurons; the shape that is left is what tells the hidden size. No parameter: ZeRO-3 has no shards
-            # of nothing.
-            outputs_first = not isinstance(linear, Conv1D)
-            neurons_first = outputs_first == (name != ffn.down)
-            empty = weight.new_empty((0, weight.shape[1]) if neurons_first else (weight.shape[0], 0))
-            del linear.weight
-            linear.register_buffer("weight", empty, persistent=False)
+    for name in map_names(ffn):
+        linear = ffn.linear(name)
+        weight = linear.weight.detach()
+        # Without neurons; the shape that is left is what tells the hidden size. No parameter: ZeRO-3 has no shards of
+        # nothing.
+        outputs_first = not isinstance(linear, Conv1D)
+        neurons_first = outputs_first == (name != ffn.down)
+        empty = weight.new_empty((0, weight.shape[1]) if neurons_first else (weight.shape[0], 0))
+        del linear.weight
+        linear.register_buffer("weight", empty, persistent=False)
     layer.nf4 = slots
     layer.__class__ = Nf4FFN
 
 
-def _quantize_rest(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+def _quantize_rest(model: SamMixin, dtype: torch.dtype | None) -> None:
     layers = model.sam_layers
-    kept = {id(layer.ffn.module.get_submodule(name)) for layer in layers for name in layer.ffn_names if name}
+    kept = {id(layer.ffn.linear(name)) for layer in layers for name in layer.ffn_names if name}
     kept.add(id(model.get_output_embeddings()))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear | Conv1D) and not isinstance(child, Linear4bit) and id(child) not in kept:
-                packed = _linear4bit(child, dtype)
+            if isinstance(child, LinearMap) and not isinstance(child, Linear4bit) and id(child) not in kept:
+                packed = _packed_map(child, dtype)
                 if isinstance(child, Updated):
                     add_update(packed, child.lora)
                 setattr(module, name, packed)
 
 
-class _Linear4bit(Linear4bit):
-    def train(self, mode: bool = True) -> _Linear4bit:
+class Nf4Map(Linear4bit):
+    """Any other linear map, in nf4."""
+
+    weight: Params4bit
+    quant_state: QuantState
+    transposed: bool
+
+    def train(self, mode: bool = True) -> Nf4Map:
         """Stay in training mode: a forward pass in the other packs the weight anew on some CPUs, and no backward pass
         can read it then. There is nothing else that the mode decides here."""
         super().train(True)
@@ -297,16 +306,16 @@ class _Linear4bit(Linear4bit):
         return packed
 
 
-def _linear4bit(linear: nn.Module, dtype: torch.dtype | None) -> _Linear4bit:
+def _packed_map(linear: LinearMap, dtype: torch.dtype | None) -> Nf4Map:
     rows = matrix(linear).t().detach().to(dtype).contiguous()
     outputs, inputs = rows.shape
-    packed = _Linear4bit(
+    packed = Nf4Map(
         inputs, outputs, bias=linear.bias is not None, compute_dtype=rows.dtype, compress_statistics=True,
         quant_type="nf4", quant_storage=rows.dtype, device="meta",
     )  # fmt: skip
     packed.weight = Params4bit(
         rows, requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=rows.dtype, module=packed
-    ).to(rows.device)
+    ).to(rows.device)  # type: ignore[misc]  # its overloads take `self` for a module or a string
     packed.bias = linear.bias
     packed.transposed = isinstance(linear, Conv1D)
     return packed
@@ -316,7 +325,7 @@ def _check_kinds(model: PreTrainedModel) -> None:
     """Raise InputError for a matrix that `to_nf4` would leave as it is and that is none of those to leave."""
     kept = {id(own.weight) for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own is not None}
     for path, module in model.named_modules():
-        known = isinstance(module, nn.Linear | Conv1D | Nf4Slots | LoraSlices | LoraMap | nn.Embedding)
+        known = isinstance(module, LinearMap | Nf4Slots | LoraSlices | LoraMap | nn.Embedding)
         if ".sam" in f".{path}" or known:
             continue
         for name, value in module.named_parameters(recurse=False):

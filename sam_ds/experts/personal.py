@@ -87,7 +87,7 @@ def describe_text(
     return torch.stack(scores) / count_L1, torch.stack(visits) / count_L1
 
 
-def _described(model: PreTrainedModel, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+def _described(model: SamMixin, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     """As `describe_text`, of a model that holds all experts. Raises InputError as `check_text` does."""
     check_text(model, [ids_BS], what="text")
     device = next(model.parameters()).device
@@ -106,7 +106,7 @@ def _described(model: PreTrainedModel, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def text_condition(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+def text_condition(model: SamMixin, ids_BS: Tensor) -> Tensor:
     """(L, E + 1) what the assembler of a model that holds all experts knows of a text (B, S)."""
     return client_condition(_described(model, ids_BS)[0], 1.0)
 

@@ -37,6 +37,9 @@ class Features(nn.Module):
     Its buffers are zero until `fit_router`.
     """
 
+    inner_dI: Tensor
+    inner_I: Tensor
+
     def __init__(
         self, router: str, *, hidden: int, num_experts: int, root_neurons: int, rank: int, gated: bool,
         device: torch.device | None = None,

@@ -31,6 +31,9 @@ _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_function", "gelu_i
 _MOE = ("experts", "router")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+LinearMap = nn.Linear | Conv1D
+"""A map that experts are slices of, or that gets a low-rank update."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FFN:
@@ -50,6 +53,11 @@ class FFN:
     inline: str | None = None
     """Where `module` is a decoder layer with more in it than the FFN: the name it calls the activation by."""
 
+    def linear(self, name: str) -> LinearMap:
+        """The child that is called so: one of `up`, `gate` and `down`."""
+        child: LinearMap = getattr(self.module, name)
+        return child
+
     @property
     def site(self) -> str:
         """Path of what a replacement of the FFN takes the place of: the module, or an inline FFN's activation."""
@@ -58,22 +66,22 @@ class FFN:
     @property
     def entry(self) -> nn.Module:
         """The module that is called with the FFN's input."""
-        return self.module if self.inline is None else self.module.get_submodule(self.up)
+        return self.module if self.inline is None else self.linear(self.up)
 
     @property
     def exit(self) -> nn.Module:
         """The module that returns the FFN's output."""
-        return self.module if self.inline is None else self.module.get_submodule(self.down)
+        return self.module if self.inline is None else self.linear(self.down)
 
     @property
     def hidden(self) -> int:
         """d, the hidden size."""
-        return map_shape(self.module.get_submodule(self.down))[1]
+        return map_shape(self.linear(self.down))[1]
 
     @property
     def neurons(self) -> int:
         """m, the number of FFN neurons."""
-        return map_shape(self.module.get_submodule(self.down))[0]
+        return map_shape(self.linear(self.down))[0]
 
     @property
     def sharded(self) -> bool:
@@ -82,23 +90,23 @@ class FFN:
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Views up (d, m), gate (d, m) or None, down (m, d)."""
-        up_dm, down_md = (matrix(self.module.get_submodule(name)) for name in (self.up, self.down))
+        up_dm, down_md = (matrix(self.linear(name)) for name in (self.up, self.down))
         if self.gate is None:
             return up_dm, None, down_md
         if self.gate == self.up:
             m = self.neurons
             return up_dm[:, m:], up_dm[:, :m], down_md
-        return up_dm, matrix(self.module.get_submodule(self.gate)), down_md
+        return up_dm, matrix(self.linear(self.gate)), down_md
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Views up (m,), gate (m,), down (d,); None where there is none."""
-        up, down = (self.module.get_submodule(name).bias for name in (self.up, self.down))
+        up, down = (self.linear(name).bias for name in (self.up, self.down))
         if self.gate is None:
             return up, None, down
         if self.gate == self.up:
             m = self.neurons
             return (None, None, down) if up is None else (up[m:], up[:m], down)
-        return up, self.module.get_submodule(self.gate).bias, down
+        return up, self.linear(self.gate).bias, down
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -136,7 +144,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     owners: dict[int, str] = {}
     for ffn in found:
         for name in map_names(ffn):
-            linear = ffn.module.get_submodule(name)
+            linear = ffn.linear(name)
             _check_weight(f"{ffn.path}.{name}", linear)
             other = owners.setdefault(id(linear.weight), f"{ffn.path}.{name}")
             if other != f"{ffn.path}.{name}":
@@ -147,7 +155,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 def _match(path: str, module: nn.Module) -> FFN | None:
     children = dict(module.named_children())
-    linears = {name: map_shape(child) for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)}
+    linears = {name: map_shape(child) for name, child in children.items() if isinstance(child, LinearMap)}
     roles, activation = _roles(linears), _activation(module)
     adapted = next((name for name, child in children.items() if hasattr(child, "base_layer")), None)
     if adapted is not None and activation in _ACTIVATIONS:
@@ -158,12 +166,13 @@ def _match(path: str, module: nn.Module) -> FFN | None:
     up, gate, down = roles
     # A module with attention in it is a decoder layer.
     others = [child for name, child in children.items() if name not in linears and name != activation]
-    inline = any(isinstance(inner, nn.Linear | Conv1D) for child in others for inner in child.modules())
+    inline = any(isinstance(inner, LinearMap) for child in others for inner in child.modules())
     bare = _elementwise(activation, children.get(activation))
     if inline and (gate is not None or not bare):
         return None
-    if inline and getattr(module, "activation_dropout", 0.0):
-        raise InputError(f"{path} drops out {module.activation_dropout} of its activations, which experts cannot; "
+    rate = getattr(module, "activation_dropout", 0.0)
+    if inline and rate:
+        raise InputError(f"{path} drops out {rate} of its activations, which experts cannot; "
                          "set activation_dropout=0.0 in the model's configuration")  # fmt: skip
     return FFN(
         path=path, module=module, up=up, gate=gate, down=down, activation=getattr(module, activation),
@@ -175,6 +184,7 @@ def map_shape(linear: nn.Module) -> tuple[int, int]:
     """(inputs, outputs), not read from the weight: that of a quantized map is packed, that of ZeRO-3 away."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
+    assert isinstance(linear, Conv1D)
     return getattr(linear.weight, "ds_shape", linear.weight.shape)[0], linear.nf
 
 
@@ -207,8 +217,8 @@ def _activation(module: nn.Module) -> str | None:
 
 def _elementwise(name: str, value: object) -> bool:
     if isinstance(value, nn.Module):
-        bare = not (list(value.parameters()) or list(value.buffers()) or list(value.children()))
-        return bare and not isinstance(value, nn.Identity | nn.modules.dropout._DropoutNd)
+        own = [*value.parameters(), *value.buffers(), *value.children()]
+        return not own and not isinstance(value, nn.Identity | nn.modules.dropout._DropoutNd)
     return isinstance(value, FunctionType | BuiltinFunctionType) and name != "forward"
 
 
@@ -223,7 +233,7 @@ def _dropout(module: nn.Module) -> nn.Module | None:
     return nn.Dropout(rate) if isinstance(rate, float | int) else None
 
 
-def _check_weight(path: str, linear: nn.Module) -> None:
+def _check_weight(path: str, linear: LinearMap) -> None:
     weight = linear._parameters.get("weight")
     inputs, outputs = map_shape(linear)
     if type(weight) is nn.Parameter and weight.dtype in _FLOATS and (
@@ -265,17 +275,17 @@ def resize(ffn: FFN, neurons: int) -> None:
     """Replace the FFN's linear maps, in place, by empty ones of `neurons` neurons."""
     before = ffn.neurons
     for name in map_names(ffn):
-        old = ffn.module.get_submodule(name)
+        old = ffn.linear(name)
         inputs, outputs = matrix(old).shape
         inputs, outputs = (neurons, outputs) if name == ffn.down else (inputs, outputs // before * neurons)
         with torch.device("meta"):
             conv = isinstance(old, Conv1D)
-            new = Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs, bias=old.bias is not None)
+            new: LinearMap = Conv1D(outputs, inputs) if conv else nn.Linear(inputs, outputs, bias=old.bias is not None)
         new = new.to(old.weight.dtype).to_empty(device=old.weight.device)
         if name == ffn.down and old.bias is not None:
             new.bias.copy_(old.bias)
         if "forward" in vars(old):
-            new.forward = old.forward
+            vars(new)["forward"] = vars(old)["forward"]
         for own, parameter in old.named_parameters():
             new.get_parameter(own).requires_grad_(parameter.requires_grad)
         setattr(ffn.module, name, new)
@@ -289,7 +299,7 @@ def install(model: nn.Module, ffn: FFN, layer: nn.Module) -> nn.Module:
     original = model.get_submodule(ffn.site)
     if ffn.inline is not None:
         for name in (ffn.up, ffn.down):
-            ffn.module.get_submodule(name).forward = _pass_on
+            vars(ffn.linear(name))["forward"] = _pass_on
     _set(model, ffn.site, layer)
     return original
 
@@ -298,7 +308,7 @@ def uninstall(model: nn.Module, site: str, original: nn.Module, ffn: FFN) -> Non
     """Undo `install`; `ffn` is the layer's own view of itself, whose weights may have been replaced since."""
     if ffn.inline is not None:
         for name in (ffn.up, ffn.down):
-            del ffn.module.get_submodule(name).forward
+            del ffn.linear(name).forward
     hand_back(original, ffn)
     _set(model, site, original)
 
@@ -307,7 +317,7 @@ def hand_back(original: nn.Module, ffn: FFN) -> None:
     """Give the linear maps, as they are now, to the module whose place an FFN's layer took: its old ones go."""
     if ffn.inline is None:
         for name, _ in original.named_children():
-            setattr(original, name, ffn.module.get_submodule(name))
+            setattr(original, name, ffn.linear(name))
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

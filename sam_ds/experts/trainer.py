@@ -32,7 +32,9 @@ def _restoring(method: Callable[..., None], folder_of: Callable[..., str]) -> Ca
     return load
 
 
-Trainer._load_from_checkpoint = _restoring(
-    Trainer._load_from_checkpoint, lambda trainer, resume_from_checkpoint, model=None: resume_from_checkpoint
-)
-Trainer._load_best_model = _restoring(Trainer._load_best_model, lambda trainer: trainer.state.best_model_checkpoint)
+_FOLDER_OF: dict[str, Callable[..., str]] = {
+    "_load_from_checkpoint": lambda trainer, resume_from_checkpoint, model=None: resume_from_checkpoint,
+    "_load_best_model": lambda trainer: trainer.state.best_model_checkpoint,
+}
+for _name, _folder_of in _FOLDER_OF.items():
+    setattr(Trainer, _name, _restoring(getattr(Trainer, _name), _folder_of))

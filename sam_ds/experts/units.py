@@ -71,7 +71,7 @@ def expert_weights(model: PreTrainedModel) -> list[Field]:
         for tensor, name in (("gate_up" if fused else "up", up), ("gate", None if fused else gate), ("down", down)):
             if name is None:
                 continue
-            linear = layer.ffn.module.get_submodule(name)
+            linear = layer.ffn.linear(name)
             transposed = isinstance(linear, Conv1D)
             of = partial(Field, layer=index, num_experts=layer.num_experts, width=layer.neurons,
                          blocks=2 if fused and tensor != "down" else 1)  # fmt: skip
@@ -146,8 +146,8 @@ def prepare(
                 hidden=layer.ffn.hidden, neurons=layer.slots * layer.neurons, gated=layer.ffn.gate is not None,
                 rank=rank, alpha=alpha, seed=lora_seed(seed, index), both=trains == "lora-both",
             ).to(layer.sam.wg.device)  # fmt: skip
-        for linear in updated_maps(model).values():
-            drop_update(linear)
+        for updated in updated_maps(model).values():
+            drop_update(updated)
     if trains.startswith("lora") and attention_rank:
         maps = attention_maps(model, [layer.ffn for layer in model.sam_layers]).values()
         for index, linear in enumerate(maps, len(model.sam_layers)):

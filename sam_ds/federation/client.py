@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
 from sam_ds.clients.worker import Worker
@@ -20,7 +22,7 @@ def register(worker: Worker, message: Message, context: Context) -> Message:
     """Registration: who this is and what its data look like. Raises InputError where the client's base model is not the
     server's: its experts would be others."""
     client = client_of(context.node_config)
-    asked = message.content["task"]
+    asked: dict[str, Any] = dict(message.content["task"])
     if asked["base"] != fingerprint(worker.folder):
         raise InputError(f"the base model in {worker.folder} is not the one that the server has: copy the server's")
     examples, scores, rates = worker.register(client, tier_of(message, client, worker.dealt), asked["trains"])

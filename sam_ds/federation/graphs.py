@@ -49,7 +49,7 @@ def follow(content: RecordDict, state: RecordDict) -> tuple[NDArray[np.bool_], i
     blobs = blobs_of(content["graph"])
     facts: dict[str, Any] = dict(content["edits"])
     upper_LEE = every_edge(*facts["shape"])
-    copy = state["graph"] if "graph" in state else None
+    copy: dict[str, Any] | None = dict(state["graph"]) if "graph" in state else None
     if facts["known"] == UNKNOWN:
         graph_LEE = unpack_edges(decode(blobs["whole"])[0], upper_LEE)
     else:

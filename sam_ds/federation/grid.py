@@ -50,7 +50,8 @@ class Mailbox:
     def put(self, key: str, data: bytes) -> None:
         """The length goes last: a key that can be seen is complete."""
         for index in range(0, len(data), _CHUNK):
-            self.store.set(f"{key}/{index}", data[index : index + _CHUNK])
+            part = data[index : index + _CHUNK]
+            self.store.set(f"{key}/{index}", part)  # type: ignore[arg-type]  # the stub knows only of strings
         self.store.set(key, str(len(data)))
 
     def take(self, key: str) -> bytes:
@@ -81,7 +82,8 @@ def open_stores() -> tuple[dist.Store | None, dist.Store]:
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=FOREVER)
         address = [(host, server.port)]
     dist.broadcast_object_list(address, src=0)
-    return server, dist.TCPStore(*address[0], is_master=False, timeout=FOREVER)
+    host, port = address[0]
+    return server, dist.TCPStore(host, port, is_master=False, timeout=FOREVER)
 
 
 class TaskQueue:

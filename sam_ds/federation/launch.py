@@ -70,8 +70,9 @@ def _run(config: RunConfig, *, resume: bool) -> int:
     if rank == 0:
         try:
             Pods(config, config.working_tiers)
-            outcome[0] = config.out if resume else str(open_run(config, default_out=RunConfig().out))
-            prepare(replace(config, out=outcome[0]))
+            out = config.out if resume else str(open_run(config, default_out=RunConfig().out))
+            outcome[0] = out
+            prepare(replace(config, out=out))
         except (InputError, RunStopped) as error:
             outcome[1:] = str(error), str(_code(error))
     _share(outcome)
@@ -128,7 +129,7 @@ def _serve_app(grid: DeepSpeedGrid, config: RunConfig, failures: list[BaseExcept
         failures.append(error)
         # A rank that hangs in a client's training never takes the message that sends it home; when this one has left,
         # the launcher ends the others.
-        faulthandler.dump_traceback_later(_GRACE_SECONDS, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(_GRACE_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
     finally:
         grid.stop()
 

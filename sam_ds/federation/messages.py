@@ -23,6 +23,8 @@ from sam_ds.wire.bundle import bundle, unbundle
 from sam_ds.wire.codec import CodecError, decode, encode
 from sam_ds.wire.payload import STYPE, ByteCount, RejectedUpdate, decode_units
 
+_Record = ArrayRecord | MetricRecord | ConfigRecord
+"""What the content of a message may have under a name."""
 _BLOBS = "blobs"
 _MAX_COUNTER_BYTES = 1 << 26
 _MAX_COUNT = 1 << 40
@@ -35,7 +37,7 @@ def blob_record(blobs: Mapping[str, bytes | memoryview]) -> ArrayRecord:
     return ArrayRecord({_BLOBS: Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
 
 
-def blobs_of(record: ArrayRecord) -> dict[str, memoryview]:
+def blobs_of(record: _Record) -> dict[str, memoryview]:
     """The blobs of a record. Raises RejectedUpdate for anything that `blob_record` would not have made."""
     if not isinstance(record, ArrayRecord):
         raise RejectedUpdate("corrupt", f"a {type(record).__name__} where arrays were asked for")
@@ -130,11 +132,19 @@ def reply_content(reply: Message) -> RecordDict:
     for name in _RECORDS:
         if name not in reply.content:
             raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
+    metrics_of(reply.content)
+    return reply.content
+
+
+def metrics_of(content: RecordDict) -> dict[str, int | float]:
+    """The metrics of a train reply. Raises RejectedUpdate."""
+    metrics = {}
     for name in _METRICS:
-        value, least = reply.content["metrics"].get(name), _LEAST.get(name, 0)
+        value, least = content["metrics"].get(name), _LEAST.get(name, 0)
         if not isinstance(value, int | float) or not least <= value <= _MAX_COUNT:
             raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, no number in {least}..2^40")
-    return reply.content
+        metrics[name] = value
+    return metrics
 
 
 def registration_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class RoundClock:
         self._began = time.perf_counter()
         self._work: list[tuple[float, float]] = []
 
-    def busy(self, metrics: dict[str, Any]) -> None:
+    def busy(self, metrics: Mapping[str, float]) -> None:
         """A client worked from `started` for its load and train seconds."""
         start = float(metrics["started"])
         self._work.append((start, start + float(metrics["load-seconds"]) + float(metrics["train-seconds"])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import AutoConfig, PreTrainedModel
 
@@ -51,11 +52,12 @@ class ModelShape:
     def of(cls, model: PreTrainedModel) -> ModelShape:
         """Measure a dense model. Raises InputError where no FFN is found."""
         ffns = find_ffns(model)
-        embeddings = {own.weight for own in (model.get_input_embeddings(), model.get_output_embeddings()) if own}
+        both = model.get_input_embeddings(), model.get_output_embeddings()
+        embeddings = {own.get_parameter("weight") for own in both if own}
         return cls(
             parameters=sum(p.numel() for p in model.parameters()), layers=len(ffns), hidden=ffns[0].hidden,
             neurons=ffns[0].neurons, gated=ffns[0].gate is not None,
-            vocabulary=model.get_input_embeddings().weight.shape[0], embeddings=sum(own.numel() for own in embeddings),
+            vocabulary=len(both[0].get_parameter("weight")), embeddings=sum(own.numel() for own in embeddings),
         )  # fmt: skip
 
 
@@ -164,10 +166,10 @@ def _of_one(field: Field, sizes: dict[str, int], slots: int) -> int:
 
 def _flops(config: RunConfig, shape: ModelShape, tier: TierSection) -> float:
     """Of one client's local training in a round."""
-    sizes = {"hidden": shape.hidden, "neurons": shape.neurons, "gated": shape.gated}
+    flops = partial(ffn_flops, hidden=shape.hidden, neurons=shape.neurons, gated=shape.gated)
     sam = SamConfig.of_run(config)
-    routed = ffn_flops(sam, active=min(config.sam.top_k, tier.experts), **sizes)
-    held = ffn_flops(replace(sam, semantics="reach"), active=tier.experts, **sizes)
+    routed = flops(sam, active=min(config.sam.top_k, tier.experts))
+    held = flops(replace(sam, semantics="reach"), active=tier.experts)
     whole = sum(config.train.whole_steps()) / config.train.steps
     ffn = shape.layers * (whole * held + (1 - whole) * routed)
     other = shape.parameters - shape.layers * shape.ffn_parameters - shape.embeddings

@@ -87,10 +87,10 @@ class Roster:
         """Whether an answer had come."""
         replies = list(grid.pull_messages(set(self._pending))) if self._pending else []
         for reply in replies:
-            node = self._pending.pop(reply.metadata.reply_to_message_id, None)
+            asked = self._pending.pop(reply.metadata.reply_to_message_id, None)
+            node = reply.metadata.src_node_id if asked is None else asked
             try:
-                if node is None:
-                    node = reply.metadata.src_node_id
+                if asked is None:
                     raise RejectedUpdate("duplicate", "a registration that was not asked for, or a second one")
                 self._enter(reply, node, connected)
             except RejectedUpdate as error:

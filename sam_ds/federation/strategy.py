@@ -27,7 +27,7 @@ from sam_ds.federation.exchange import Exchange
 from sam_ds.federation.folding import Folding
 from sam_ds.federation.graphs import UNKNOWN, graph_records
 from sam_ds.federation.judging import evaluate, validation_loss
-from sam_ds.federation.messages import blobs_of, count_bytes, task_content
+from sam_ds.federation.messages import blobs_of, count_bytes, metrics_of, task_content
 from sam_ds.federation.methods.base import Planned
 from sam_ds.federation.metrics import MetricsLog, RoundClock, active_flops
 from sam_ds.federation.participation import ClientPlan
@@ -189,7 +189,7 @@ class SamStrategy(Strategy):
             except RejectedUpdate as error:
                 self._log_rejected(server_round, client, error)
                 continue
-            metrics = dict(reply.content["metrics"])
+            metrics = metrics_of(reply.content)
             if metrics["edits"] == len(self.server.state.edits):
                 self._known[self._roster.nodes[client.client]] = len(self.server.state.edits)
             self._clock.busy(metrics)

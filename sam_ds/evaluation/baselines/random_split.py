@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sam_ds.discovery.ridge import ridge
 from sam_ds.evaluation.baselines.masked import Calibration, Mask, Method, top_experts
-from sam_ds.experts.standins import ridge
 
 
 def fit_random(seen: Calibration) -> Mask:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_a_cell_is_its_configuration_wherever_it_runs(tmp_path):
     assert renamed.cells(renamed.tables["main"], {})[0].digest != one[0].digest
     elsewhere = Suite(write(tmp_path, base="runtime = { threads = 3 }"))
     assert elsewhere.cells(elsewhere.tables["main"], {})[0].digest == one[0].digest
+
+
+def test_central_training_is_the_same_cell_under_every_partition(tmp_path):
+    text = SUITE.replace('settings = ["one"]', 'settings = ["one", "two"]').replace('"fedavg"', '"central"')
+    two = '[settings.two]\nfederation = {{ rounds = 2, partition = "dirichlet", alpha = 0.1 }}\n'
+    text = text.replace("[variants.fedavg]", "[variants.central]").replace("[tune]", two + "[tune]")
+    suite = Suite(write(tmp_path, text))
+    digests: dict[str, set[str]] = {}
+    for cell in suite.cells(replace(suite.tables["main"], seeds=(0,)), {}):
+        digests.setdefault(cell.variant, set()).add(cell.digest)
+    assert len(digests["sam"]) == 2 and len(digests["central"]) == 1
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [

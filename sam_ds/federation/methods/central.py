@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sam_ds.config import RunConfig
+from sam_ds.config import FederationSection, RunConfig
 from sam_ds.federation.methods import fedavg
 
 
 def _configure(config: RunConfig) -> RunConfig:
-    drawn = config.federation.clients_per_round
-    return replace(
-        config, federation=replace(config.federation, clients=1, clients_per_round=1, min_clients=0, partition="iid"),
-        train=replace(config.train, steps=config.train.steps * drawn),
+    steps = config.train.steps * config.federation.clients_per_round
+    federation = replace(
+        config.federation, clients=1, clients_per_round=1, min_clients=0,
+        # One and the same run, whatever partition the others are under: a benchmark measures it once.
+        partition="iid", alpha=FederationSection().alpha,
     )  # fmt: skip
+    return replace(config, federation=federation, train=replace(config.train, steps=steps))
 
 
 METHOD = replace(fedavg.METHOD, configure=_configure)

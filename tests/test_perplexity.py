@@ -169,10 +169,10 @@ def test_the_metric_loads_offline_and_weighs_by_tokens(
         metric.compute(predictions=["x"], model=model, tokenizer=tokenizer, max_length=8, stride=4)
 
 
-def flops(active: float, *, gated: bool = True, **changes: Any) -> float:
+def flops(active: float, *, gated: bool = True, held: int | None = None, **changes: Any) -> float:
     """Of a layer with d 10, m 64, E 8, two roots (16 neurons) and stand-ins of rank 3."""
     settings = {"num_experts": 8, "top_k": 4, "roots": 2, "standin_rank": 3, "router": "mean_key", "standin": "none"}
-    return ffn_flops(SamConfig(**settings | changes), hidden=10, neurons=64, gated=gated, active=active)
+    return ffn_flops(SamConfig(**settings | changes), hidden=10, neurons=64, gated=gated, active=active, held=held)
 
 
 def test_ffn_flops_by_hand() -> None:
@@ -185,6 +185,18 @@ def test_ffn_flops_by_hand() -> None:
     assert flops(2, standin="mean") == 960 + 160 + 2 * (8 * 6 + 6 * 10)
     assert flops(2, standin="linear") == 960 + 160 + 2 * (3 * 10 + 8 * 4 * 9 + 9 * 10)
     assert flops(2.5) == 1200 + 160
+
+
+def test_flops_of_a_client_that_holds_some_experts_by_hand() -> None:
+    """Who visits all it holds asks no gate; one core stands in for all that it does not hold."""
+    assert flops(3, held=3) == 1440
+    assert flops(3, held=3, standin="linear") == 1440 + 2 * (3 * 10 + 4 * 9 + 9 * 10)
+    assert flops(2, held=3, standin="linear") == flops(2, standin="linear")
+    assert flops(8, held=8, standin="linear") == 3840
+    with pytest.raises(InputError, match="active must be between 0 and 3, the experts that are held, got 4"):
+        flops(4, held=3)
+    with pytest.raises(InputError, match="held must be between 0 and num_experts = 8, got 9"):
+        flops(4, held=9)
 
 
 def test_message_flops_by_hand() -> None:
@@ -214,5 +226,5 @@ def test_model_flops_by_hand() -> None:
 
 
 def test_bad_costs_are_refused() -> None:
-    with pytest.raises(InputError, match="between 0 and num_experts = 8, got 9"):
+    with pytest.raises(InputError, match="between 0 and 8, the experts that are held, got 9"):
         flops(9)

@@ -96,10 +96,10 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     # A step that visits all held sends no messages.
     silent = replace(routed, semantics="reach")
 
-    def forward(layer: SamFFN, active: int, sam: SamConfig) -> float:
+    def forward(layer: SamFFN, active: int, sam: SamConfig, held: int) -> float:
         return ffn_flops(
             sam, hidden=layer.ffn.hidden, neurons=layer.neurons * server.num_experts,
-            gated=layer.ffn_names[1] is not None, active=active,
+            gated=layer.ffn_names[1] is not None, active=active, held=held,
         )  # fmt: skip
 
     steps = server.config.train.whole_steps()
@@ -107,7 +107,8 @@ def active_flops(server: Server, client: ClientPlan, tokens: int) -> float:
     ffn = 0.0
     for layer, held in zip(layers, client.experts, strict=True):
         most = len(held) if server.method.sparse else server.num_experts
-        ffn += whole * forward(layer, most, silent) + (1.0 - whole) * forward(layer, min(layer.top_k, most), routed)
+        ffn += whole * forward(layer, most, silent, most)
+        ffn += (1.0 - whole) * forward(layer, min(layer.top_k, most), routed, most)
     frozen = server.trains.startswith("lora")
     return tokens * training_flops(other_parameters=server.other_parameters(), ffn=ffn, frozen=frozen)
 

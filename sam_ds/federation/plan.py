@@ -166,7 +166,7 @@ def _of_one(field: Field, sizes: dict[str, int], slots: int) -> int:
 
 def _flops(config: RunConfig, shape: ModelShape, tier: TierSection) -> float:
     """Of one client's local training in a round."""
-    flops = partial(ffn_flops, hidden=shape.hidden, neurons=shape.neurons, gated=shape.gated)
+    flops = partial(ffn_flops, hidden=shape.hidden, neurons=shape.neurons, gated=shape.gated, held=tier.experts)
     sam = SamConfig.of_run(config)
     routed = flops(sam, active=min(config.sam.top_k, tier.experts))
     held = flops(replace(sam, semantics="reach"), active=tier.experts)

@@ -1,6 +1,7 @@
 """The public text as rows of tokens: what the server may read.
 
-Every domain gives the same share: the first rows to calibrate with and to describe the domain, the last to validate on.
+Every domain gives the same share, to a row: the first rows to calibrate with and to describe the domain, the last to
+validate on.
 
 Legend: B rows, S tokens a row (`evaluation.window`).
 """
@@ -48,9 +49,11 @@ class PublicText:
         return self._by_domain(max(1, _VALIDATION_ROWS // len(self._corpus.domains)), last=True)
 
     def _mixed(self, rows: int, *, last: bool = False) -> Tensor:
+        """So many rows, and at least one of every domain; the first ones give the rows that do not divide."""
         domains = len(self._corpus.domains)
-        parts = self._by_domain(max(1, -(-rows // domains)), last=last)
-        return torch.cat(list(parts.values()))[: max(rows, domains)]
+        share, more = divmod(max(rows, domains), domains)
+        parts = self._by_domain(share + bool(more), last=last).values()
+        return torch.cat([part[: share + (index < more)] for index, part in enumerate(parts)])
 
     def _by_domain(self, rows: int, *, last: bool = False) -> dict[str, Tensor]:
         """At most so many rows of each domain's public documents, or of its valid split where it has none."""

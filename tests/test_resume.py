@@ -173,6 +173,12 @@ def test_a_damaged_checkpoint_is_named_with_the_older_one(whole, run, stopped):
     assert_same_run(whole, stopped)
 
 
-def test_a_checkpoint_of_another_method_is_refused(run, stopped):
-    with pytest.raises(InputError, match="other tensors than this model and method train"):
-        run(stopped, "method=fedavg")
+@pytest.mark.parametrize(("changed", "message"), [
+    ("method=fedavg", "other tensors than this model and method train"),
+    ("federation.clients=7", "federation.clients = 7, but the checkpoint is of 6"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused_and_its_configuration_kept(run, stopped, changed, message):
+    before = (stopped / "config.toml").read_bytes()
+    with pytest.raises(InputError, match=message):
+        run(stopped, changed)
+    assert (stopped / "config.toml").read_bytes() == before

@@ -44,8 +44,9 @@ def prepare(config: RunConfig) -> Path:
     clients_of(config, corpus)
     run.mkdir(parents=True, exist_ok=True)
     base = prepare_base(config, run, corpus)
-    # After the last check: a folder with a configuration holds a run that can be resumed.
-    write_config(config, run)
+    if not found:
+        # After the last check: a folder with a configuration holds a run that can be resumed.
+        write_config(config, run)
     return base
 
 
@@ -62,6 +63,8 @@ def run_server(grid: Grid, config: RunConfig) -> None:
     test_tokens = config.evaluation.test_tokens
     if found := checkpoints(run / "checkpoints"):
         server.load_state(load_checkpoint(found[-1]))
+        # Not before: one that the checkpoint refuses would be what the next resume reads.
+        write_config(config, run)
         log.rewind(server.state.round)
         before = next(r for r in read_records(log.path) if r["kind"] == "run")["before"]
         tqdm.write(f"resume after round {server.state.round}")

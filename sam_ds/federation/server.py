@@ -156,7 +156,10 @@ class Server:
         return own - (0 if tied else self.model.get_input_embeddings().weight.numel())
 
     def load_state(self, state: ServerState) -> None:
-        """Go on from a checkpoint. Raises InputError if it is of another model or method."""
+        """Go on from a checkpoint. Raises InputError if it is of another model, method or number of clients."""
+        if (clients := len(state.examples)) != len(self.state.examples):
+            raise InputError(f"federation.clients = {len(self.state.examples)}, but the checkpoint is of {clients}; "
+                             "resume with the run's own")  # fmt: skip
         mine, given = self.state.units, state.units
         if mine.keys() != given.keys() or any(mine[u].shape != given[u].shape for u in mine):
             raise InputError("the checkpoint holds other tensors than this model and method train; resume with the "

@@ -10,9 +10,13 @@ class InputError(ValueError):
     """Bad input: the message gives the name, the value and what to do. The commands exit with code 2."""
 
 
+class NotFinite(InputError):
+    """What a model has computed is NaN or infinite. It ends a federation, as RunStopped."""
+
+
 class RunStopped(RuntimeError):
-    """The run cannot go on, for want of answers or of room on a disk: its last checkpoint is in place, and the message
-    says what stopped it. The launcher exits with code 1."""
+    """The run cannot go on, for want of answers, a sound model or room on a disk: its last checkpoint is in place, and
+    the message says what stopped it. The launcher exits with code 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

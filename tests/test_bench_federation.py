@@ -145,18 +145,21 @@ def test_lines_that_are_no_cells_are_refused(tmp_path):
 
 @pytest.mark.distributed
 def test_a_cell_that_fails_or_runs_elsewhere_does_not_stop_the_others(tiny, tmp_path, capsys, monkeypatch):
-    """The runs are stood in for: one refuses, one diverges, one is locked by another process."""
+    """The runs are stood in for: one fails, one diverges, one is locked by another process."""
     text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("seeds = [0, 1]", "seeds = [0]")
     suite = Suite(write(tmp_path, text))
     cells = {cell.variant: cell for cell in suite.cells(suite.tables["main"], {})}
     runs = tmp_path / "runs"
-    said = {"sam": "something else broke", "twin": "round 1 had no valid answer in 3 attempts"}
+    reason = {"sam": "no-answer", "twin": "not-finite"}
     asked = []
 
     def stands_in(command, *, stdout, **_):
-        name = Path(command[-1].removeprefix("out=")).name.split("-")[0]
+        folder = Path(command[-1].removeprefix("out="))
+        name = folder.name.split("-")[0]
         asked.append(name)
-        stdout.write(said[name])
+        answers = [{"kind": "client", "round": round_, "reason": why} for round_, why in ((1, None), (2, reason[name]))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+        stdout.write("round 2 had no valid answer in 3 attempts")
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr("subprocess.run", stands_in)
@@ -168,7 +171,7 @@ def test_a_cell_that_fails_or_runs_elsewhere_does_not_stop_the_others(tiny, tmp_
             asked.clear()
             assert main([*arguments, "--jobs", "1"]) == 2
             assert asked == expected  # what diverged is an outcome, what broke is tried again
-            assert "something else broke" in capsys.readouterr().err
+            assert "round 2 had no valid answer" in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import MetricRecord
 from in_process import ClientCrash, Federation, assert_equal_states, first_clients, status
 
-from sam_ds.bench.tampering import FAULTS, crash
+from sam_ds.bench.tampering import FAULTS, crash, scaled
 from sam_ds.errors import InputError, RunStopped
 from sam_ds.federation.state import checkpoints, load_checkpoint
 
@@ -73,6 +73,29 @@ def test_when_all_fail_the_run_stops_with_its_state(federate):
     assert [r["round"] for r in federation.records("round")] == [0, 1]
     assert sum(r["round"] == 2 for r in federation.records("client")) == 2 * 3
     assert len(calls) == 9
+
+
+def test_training_that_diverges_is_named(federate):
+    keys = ("train.lr=1e30", "federation.void_retries=0")
+    federation = federate(*keys, worker=keys, start=False)
+    with pytest.raises(RunStopped, match="round 1 had no valid answer in 1 attempts"):
+        federation.start()
+    assert [r["reason"] for r in federation.records("client")] == ["not-finite"] * 3
+
+
+@pytest.mark.parametrize(("method", "factor", "due", "why"), [
+    ("fedavg", 1e15, 9, "its loss on public text is nan"), ("sam", 1e25, 1, "logits hold NaN"),
+    ("sam", 1e25, 9, "logits hold NaN"),
+])  # fmt: skip
+def test_answers_that_break_the_model_stop_the_run_before_it_is_kept(federate, method, factor, due, why):
+    """Updates that are finite, but too large for a forward pass, whether or not the graph is due for edits."""
+    tamper = dict.fromkeys(range(6), in_round(2, scaled(factor)))
+    keys = (f"method={method}", f"federation.edit_every={due}", "federation.min_offered=1")
+    federation = federate(*keys, worker=keys, tamper=tamper, start=False)
+    with pytest.raises(RunStopped, match=f"round 2 broke the model: {why}.* the state after round 1 is in"):
+        federation.start()
+    assert [path.name for path in checkpoints(federation.run / "checkpoints")][-1] == "round-00001.safetensors"
+    assert [record["round"] for record in federation.records("round")] == [0, 1]
 
 
 def test_a_void_round_is_repeated(federate):

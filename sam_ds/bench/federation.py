@@ -34,6 +34,7 @@ from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.figure import figure
 from sam_ds.evaluation.records import Records, read
 from sam_ds.evaluation.svg import lines
+from sam_ds.federation.metrics import read_records
 
 Curve = Sequence[Mapping[str, Any]]
 
@@ -147,7 +148,7 @@ def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
         }  # fmt: skip
         if code == 0:
             record |= facts(read(folder / "metrics.jsonl"))
-        elif "had no valid answer" in (why := (folder / "log.txt").read_text()[-2000:]):
+        elif _diverged(folder, why := (folder / "log.txt").read_text()[-2000:]):
             record |= {"diverged": True}
         else:
             raise InputError(f"the cell {cell.name} stopped with {code}; {folder / 'log.txt'} says why:\n{why}")
@@ -155,6 +156,17 @@ def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
             file.write(json.dumps(record) + "\n")
         for part in ("base", "checkpoints", "model", "redrawn", "spool"):
             shutil.rmtree(folder / part, ignore_errors=True)
+
+
+def _diverged(folder: Path, said: str) -> bool:
+    """Whether a run stopped for want of a finite model, or as all that its clients sent was NaN or out of range."""
+    if " broke the model: " in said:
+        return True
+    if "had no valid answer" not in said:
+        return False
+    clients = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "client"]
+    reasons = {record.get("reason") for record in clients if record["round"] == clients[-1]["round"]}
+    return reasons == {"not-finite"}
 
 
 def facts(records: Records) -> dict[str, Any]:

@@ -197,7 +197,7 @@ FAULTS = {
     "counters left out": Fault(without("counters"), "missing-unit"),
     "metrics left out": Fault(without("metrics"), "missing-unit"),
     "a metric left out": Fault(with_metric("loss-last", None), "corrupt"),
-    "a metric that is no number": Fault(with_metric("tokens", math.nan), "corrupt"),
+    "a metric that is NaN": Fault(with_metric("tokens", math.nan), "not-finite"),
     "a metric that is a list": Fault(with_metric("started", [1.0, 2.0]), "corrupt"),
     "a metric below zero": Fault(with_metric("tokens", -1), "corrupt"),
     "a metric of 1e300": Fault(with_metric("tokens", 1e300), "corrupt"),

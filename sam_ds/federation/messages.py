@@ -9,6 +9,7 @@ How graphs travel is in `graphs.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -141,6 +142,8 @@ def metrics_of(content: RecordDict) -> dict[str, int | float]:
     metrics = {}
     for name in _METRICS:
         value, least = content["metrics"].get(name), _LEAST.get(name, 0)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RejectedUpdate("not-finite", f"the metric {name!r} is {value}")
         if not isinstance(value, int | float) or not least <= value <= _MAX_COUNT:
             raise RejectedUpdate("corrupt", f"the metric {name!r} is {str(value)[:80]}, no number in {least}..2^40")
         metrics[name] = value

@@ -6,6 +6,7 @@ reply that is no good, or does not come, is written down by name in `metrics.jso
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sam_ds.clients.generations import drop_before, generation
 from sam_ds.clients.task import Task
-from sam_ds.errors import RunStopped
+from sam_ds.errors import NotFinite, RunStopped
 from sam_ds.federation.aggregation import weight_warnings
 from sam_ds.federation.exchange import Exchange
 from sam_ds.federation.folding import Folding
@@ -79,14 +80,15 @@ class SamStrategy(Strategy):
     ) -> Result:  # fmt: skip
         """Register the clients and run the rounds that are left; `timeout` stands for `federation.timeout_seconds`.
 
-        Raises RunStopped when nobody answers a round and its repeats, when too few clients register or a disk is full;
-        InputError when the grid has too few nodes."""
+        Raises RunStopped when nobody answers a round and its repeats, when what they answer breaks the
+        model, when too few clients register or a disk is full; InputError when the grid has too few nodes."""
         server, config = self.server, self.server.config
         rounds = num_rounds or config.federation.rounds
         self._timeout = timeout or config.federation.timeout_seconds
         self.summary()
         self._roster.open(grid, self._timeout)
         if server.state.round == 0 and not server.state.losses:
+            server.state.losses.append(validation_loss(server, server.state.graph))
             self._evaluate_round(0)
         progress = tqdm(
             range(server.state.round + 1, rounds + 1), desc="rounds", unit="round", initial=server.state.round,
@@ -94,7 +96,15 @@ class SamStrategy(Strategy):
         )  # fmt: skip
         for round_ in progress:
             for attempt in range(config.federation.void_retries + 1):
-                if self._round(grid, round_, attempt):
+                try:
+                    answered = self._round(grid, round_, attempt)
+                except NotFinite as error:
+                    raise RunStopped(
+                        f"round {round_} broke the model: {error}; lower train.lr or federation.server_lr, or bound "
+                        f"what clients do with federation.robust, and resume; the state after round {round_ - 1} is "
+                        f"in {self.run / 'checkpoints'}"
+                    ) from error
+                if answered:
                     break
                 tqdm.write(f"round {round_}: nobody gave a valid answer (attempt {attempt + 1}), the round is void")
             else:
@@ -107,7 +117,8 @@ class SamStrategy(Strategy):
         return Result()
 
     def _round(self, grid: Grid, round_: int, attempt: int) -> bool:
-        """One round; False if nobody gave a valid answer, with the state as it was."""
+        """One round; False if nobody gave a valid answer, with the state as it was. Raises NotFinite where the
+        answers have broken the model."""
         self._clock = RoundClock()
         evaluated = self.server.evaluation_seconds
         self._exchange.refuse_late(grid)
@@ -121,12 +132,18 @@ class SamStrategy(Strategy):
         if metrics is None:
             return False
         assert self._planned is not None
+        loss = validation_loss(self.server, self.server.state.graph)
+        if not math.isfinite(loss):
+            raise NotFinite(f"its loss on public text is {loss}")
         record = self.server.method.adapt(self.server, round_)
         self.server.state.round = round_
         config = self.server.config
         if (due := generation(config, round_ + 1)) > generation(config, round_):
             self.server.redraw()
             record |= {"generation": due}
+        if record:
+            loss = validation_loss(self.server, self.server.state.graph)
+        self.server.state.losses.append(loss)
         for kind, text in self._warnings.items():
             if kind not in self._said:
                 tqdm.write(f"round {round_}: {text} (said once; metrics.jsonl has it of every round)")
@@ -276,7 +293,6 @@ class SamStrategy(Strategy):
         scores: dict[str, Any] = {"merged": None, "sparse": None}
         if round_ % section.every == 0 or round_ == server.config.federation.rounds:
             scores = evaluate(server, section.split, section.max_tokens)
-        server.state.losses.append(validation_loss(server, server.state.graph))
         spent = server.evaluation_seconds - evaluated
         self.log.write_round(round_, scores, facts or {}, self._clock.times(spent), server.state)
         # Last: what a resumed run finds after its checkpoint's round it writes again, what is missing it never does.

@@ -1,9 +1,8 @@
 """The expert DAG: masks, reachability, contraction to a held subset, hard top-B selection.
 
-An edge p -> e means that a token which visits p may go on to e. The founding document asks for a mask with
-`mask == triu(mask)`; we ask for a strictly upper one, since the diagonal would be self-loops (SAM-v2 spec;
-the eligibility reading of an edge is option A of the composition table). Experts 0..roots-1 are visited by
-every token, so an edge into a root says nothing and no function here ever selects one.
+An edge p -> e means that a token which visits p may go on to e. A mask is strictly upper triangular:
+edges lead from lower to higher ids, and the diagonal would be self-loops. Experts 0..roots-1 are visited by every
+token, so an edge into a root says nothing and no function here ever selects one.
 
 One fact carries this file: in a strictly upper graph every expert is reachable from the roots if and only if
 every non-root expert has at least one incoming edge (induction over the index). Hence a reachable graph of B
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, NotFinite
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -108,7 +107,7 @@ def top_edges(logits_EE: FloatArray, allowed_EE: BoolArray, budget: int, roots: 
 
     It is the plain top-B whenever that one is reachable. Ties go to the lower flat index (tail * E + head).
     Raises InputError if the budget is below one edge per non-root expert, if `allowed` leaves an expert
-    without an incoming edge, or if an allowed edge has a NaN logit.
+    without an incoming edge; NotFinite if an allowed edge has a NaN logit.
     """
     num_experts = len(allowed_EE)
     _check_roots(roots, num_experts)
@@ -121,7 +120,7 @@ def top_edges(logits_EE: FloatArray, allowed_EE: BoolArray, budget: int, roots: 
     if not reachable(candidates_EE, roots).all():
         raise InputError("the allowed edges leave an expert unreachable: repair the graph they come from")
     if np.isnan(logits_EE[candidates_EE]).any():
-        raise InputError("logits hold NaN on an allowed edge: check the model that produced them")
+        raise NotFinite("logits hold NaN on an allowed edge: check the model that produced them")
     # a stable descending sort, so that equal logits keep the order of the flat index
     ranked = np.flatnonzero(candidates_EE)
     ranked = ranked[np.argsort(-logits_EE.reshape(-1)[ranked], kind="stable")]

@@ -1,8 +1,7 @@
 """Topology edits as values: propose, apply, invert, and try them on a loss one by one.
 
-The server prunes and promotes edges every T_m rounds, at most rho_max over all layers (SAM-v2 section on
-graph evolution). An edit names an edge, so a list of them is small enough to send to every client, and has an
-inverse.
+The server prunes and promotes edges every T_m rounds, at most rho_max over all layers. An edit names an edge,
+so a list of them is small enough to send to every client, and has an inverse.
 
 An edge can be pruned while its head keeps another incoming edge; in a strictly upper graph that is exactly
 what keeps every expert reachable (see `dag`), so no edit needs to know how many roots there are.
@@ -21,7 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from sam_ds.errors import InputError
+from sam_ds.errors import InputError, NotFinite
 from sam_ds.graph.dag import BoolArray, FloatArray, full_graph
 
 IntArray = npt.NDArray[np.int64]
@@ -164,12 +163,12 @@ def trial(
     """Apply the edits one by one, measure the loss after each, roll back those that raise it above the
     tolerance.
 
-    `loss` maps an (L, E, E) graph to nats per token on a fixed batch. Raises InputError if the loss before
-    the first edit is not finite.
+    `loss` maps an (L, E, E) graph to nats per token on a fixed batch. Raises NotFinite if the loss before
+    the first edit is not.
     """
     before = loss(graph_LEE)
     if not math.isfinite(before):
-        raise InputError(f"the validation loss before any edit must be finite, got {before}: check the batch")
+        raise NotFinite(f"the validation loss before any edit must be finite, got {before}: check the batch")
     kept: list[Edit] = []
     rolled_back: list[Edit] = []
     changes: list[float] = []

@@ -33,7 +33,7 @@ Section = TypeVar("Section", bound=Checked)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamSection(Checked):
-    """How the dense model becomes experts (design: views, discovery, graph)."""
+    """How the dense model becomes experts and a graph of them."""
 
     prefix: ClassVar[str] = "sam."
     num_experts: Count = 16  # E, per layer

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sam_ds.errors import InputError
-from sam_ds.graph.bounds import corrected_bound, fit_rate, founding_bound
+from sam_ds.graph.bounds import corrected_bound, fit_rate, uncorrected_bound
 
 ETA, GAMMA = 0.05, 1.0
 
@@ -30,7 +30,7 @@ def test_edits_on_a_pl_quadratic_rarer_edits_mean_a_smaller_gap() -> None:
     terms = {"eta": ETA, "mu": 1.0, "sigma2": 0.0, "rho_max": 1, "gamma": GAMMA, "gap0": 0.0}
     measured = [gap_after_edit(T_m) for T_m in periods]
     corrected = [corrected_bound(10**6, T_m=T_m, lip=1.0, **terms) for T_m in periods]
-    printed = [founding_bound(10**6, T_m=T_m, **terms) for T_m in periods]
+    printed = [uncorrected_bound(10**6, T_m=T_m, **terms) for T_m in periods]
     # closed form: G = gamma / (1 - (1 - eta lip)^(2 T_m))
     np.testing.assert_allclose(measured, [GAMMA / (1 - 0.95 ** (2 * T_m)) for T_m in periods], rtol=1e-6)
     assert all(a > b for a, b in zip(measured, measured[1:], strict=False))
@@ -49,13 +49,13 @@ def test_the_noise_term_needs_the_smoothness_constant() -> None:
         theta -= ETA * (lip * theta + rng.normal(scale=np.sqrt(sigma2), size=theta.shape))
     gap = float((lip / 2 * theta**2).mean())
     terms = {"eta": ETA, "mu": lip, "sigma2": sigma2, "rho_max": 0, "gamma": 0.0, "T_m": 1, "gap0": 0.0}
-    assert founding_bound(100, **terms) < 0.5 * gap
+    assert uncorrected_bound(100, **terms) < 0.5 * gap
     assert gap <= corrected_bound(100, lip=lip, **terms)
 
 
 def test_bounds_start_from_the_first_gap_and_check_their_conditions() -> None:
     terms = {"eta": 0.1, "mu": 0.5, "sigma2": 0.2, "rho_max": 2, "gamma": 0.3, "T_m": 4, "gap0": 7.0}
-    assert founding_bound(0, **terms) == pytest.approx(7.0 + 0.1 * 0.2 / 1.0 + 2 * 0.3 * 4)
+    assert uncorrected_bound(0, **terms) == pytest.approx(7.0 + 0.1 * 0.2 / 1.0 + 2 * 0.3 * 4)
     assert corrected_bound(3, lip=2.0, **terms) == pytest.approx(
         0.95**3 * 7.0 + 2.0 * 0.1 * 0.2 / 1.0 + 2 * 2 * 0.3 / (1 - 0.95**4)
     )
@@ -64,9 +64,9 @@ def test_bounds_start_from_the_first_gap_and_check_their_conditions() -> None:
     with pytest.raises(InputError, match="eta <= 1 / lip"):
         corrected_bound(3, lip=11.0, **terms)
     with pytest.raises(InputError, match="eta \\* mu <= 1"):
-        founding_bound(3, **{**terms, "mu": 20.0})
+        uncorrected_bound(3, **{**terms, "mu": 20.0})
     with pytest.raises(InputError, match="T_m"):
-        founding_bound(3, **{**terms, "T_m": 0})
+        uncorrected_bound(3, **{**terms, "T_m": 0})
 
 
 @pytest.mark.parametrize("rate", [0.03, 0.3, 0.9])

@@ -82,7 +82,7 @@ def _records(rounds: int = 3) -> Records:
     records.append({
         "kind": "end", "rounds": rounds, "merged_before": _scores(41), "merged_after": _scores(36),
         "sparse_before": _scores(45), "sparse_after": _scores(39), "graph": after, "used": used,
-        "bounds": {"founding": 0.91, "corrected": 0.42, "measured": 0.13, "note": "estimates, nats a token"},
+        "bounds": {"uncorrected": 0.91, "corrected": 0.42, "measured": 0.13, "note": "estimates, nats a token"},
         "wall_seconds": 40.0, "orchestration_share": 0.05, "bytes_base": 5_000_000,
     })  # fmt: skip
     return records
@@ -168,7 +168,7 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
         "9.0 MB", "18.0 MB", "50% of the raw tensors", "5.0% of the wall time",
         "5.0 MB of frozen base weights",
         "18,000,000", "0123456789abcdef", "2 → 5", "rolled back", "+inf", "+5.00e-04", "0.91", "0.42", "0.13",
-        "founding document's bound (estimate)", "corrected bound (estimate)",
+        "uncorrected bound (estimate)", "corrected bound (estimate)",
         "0.002 nats, the largest change seen",
         "layer 0: 1 pruned, 1 promoted", "layer 1: 0 pruned, 0 promoted", "36,864", "150GFLOP", "sam.top_k",
     ]:  # fmt: skip

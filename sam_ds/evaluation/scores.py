@@ -1,4 +1,4 @@
-"""The perplexities of a run: figures at the top, table before and after, curves (design 12)."""
+"""The perplexities of a run: figures at the top, table before and after, curves."""
 
 from __future__ import annotations
 

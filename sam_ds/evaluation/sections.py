@@ -108,7 +108,7 @@ def edits_section(records: Records) -> str:
     if bounds is None:
         return text + html_note("No bounds: they are estimated at the end of a run whose losses allow a fit.")
     names = {
-        "founding": "founding document's bound (estimate)",
+        "uncorrected": "uncorrected bound (estimate)",
         "corrected": "corrected bound (estimate)",
         "measured": "measured gap (estimate)",
     }

@@ -1,4 +1,4 @@
-"""Low-rank updates beside the experts: of the attention projections, shared by all clients (design 6).
+"""Low-rank updates beside the experts: of the attention projections, shared by all clients.
 
 Every linear map of the decoder layers that is no FFN's gets delta W = scale * A B. A is frozen and drawn from the run's
 seed, B starts at zero and trains, so that an average of B is the average of the updates (FFA-LoRA, 2403.12313), as of

@@ -1,4 +1,4 @@
-"""From a dense causal LM to a graph of experts, with calibration text and no training (design 4).
+"""From a dense causal LM to a graph of experts, with calibration text and no training.
 
 Per layer: the neurons that matter most on every token become the roots, balanced clusters of the others the further
 experts, permuted into contiguous blocks, most used first; then, in order of depth and each on the prefix already

@@ -1,4 +1,4 @@
-"""The `deepspeed` back end: the experts beside the roots in DeepSpeed's `MoE` layers, spread over ranks (design 3).
+"""The `deepspeed` back end: the experts beside the roots in DeepSpeed's `MoE` layers, spread over ranks.
 
 The same routes and the same numbers as the `torch` back end. Roots and stand-ins stay outside the dispatch: an expert
 inside it that every token visits would make the capacity, to which all experts are padded, the number of tokens. With

@@ -1,4 +1,4 @@
-"""A feed-forward network as a graph of experts (design 3, 5): the `torch` back end.
+"""A feed-forward network as a graph of experts: the `torch` back end.
 
 Expert e is the contiguous block of neurons [e n, (e+1) n) of the permuted FFN; its weights are views, no second copy
 exists. The output for the visited set A(x), with stand-ins s_e(x) = C_e [V x, 1] W for the experts not visited:

@@ -1,4 +1,4 @@
-"""LoRA whose trained factor belongs to an expert, slice by slice (design 6; FFA-LoRA, Sun et al., 2403.12313).
+"""LoRA whose trained factor belongs to an expert, slice by slice (FFA-LoRA, Sun et al., 2403.12313).
 
 delta W = scale * A B for gate and up with B (R, m) sliced by neuron, and delta W_down = scale * A B with A (m, R)
 sliced by neuron. The other factor is frozen and drawn from the run's seed, so delta W is linear in what is averaged

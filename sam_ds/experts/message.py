@@ -1,4 +1,4 @@
-"""Messages along the edges of the expert graph (design 5; option B of the composition table).
+"""Messages along the edges of the expert graph.
 
     x_e = x + sum_{p in A(x), p -> e} (gain_ep + own_ep) w_p f_p(x_p)
     y   = sum_{all e} s_e(x) + sum_{e in A(x)} w_e (f_e(x_e) - s_e(x))

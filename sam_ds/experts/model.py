@@ -81,7 +81,7 @@ class SamMixin(_Base):
 
     @torch.no_grad()
     def set_graph(self, mask_LEE: Tensor) -> None:
-        """Route over this graph. A layer that holds only some experts gets the paths among those (design 5).
+        """Route over this graph. A layer that holds only some experts gets the paths among those.
 
         Thresholds stay as they are: with fewer edges, tokens visit fewer experts than the budget.
 

@@ -1,4 +1,4 @@
-"""Zero-shot: a graph and a subset of experts for a text that nobody trained on (design 5, 12).
+"""Zero-shot: a graph and a subset of experts for a text that nobody trained on.
 
 The assembler knows a text by its mean gate scores; from them, the graph of the text, and from how often the text
 reaches each expert over that graph, the experts that its owner should hold. Whoever wants to know a client's or a

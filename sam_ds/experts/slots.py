@@ -1,7 +1,7 @@
 """A client's model: the converted model with room for only some experts a layer, and what fills the room.
 
 The experts that a client does not hold are neither read from disk nor in memory nor computed; the sum of their
-stand-ins represents them (design 6).
+stand-ins represents them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands in for an expert that a token does not visit (design 3; measured in the conversion benchmark).
+"""What stands in for an expert that a token does not visit (measured in `examples/benchmarks/conversion.md`).
 
     s_e(x) = C_e [V x, 1] W        V (q, d) one input basis for the layer, W (p, d) one output basis, C_e (p, q + 1)
 

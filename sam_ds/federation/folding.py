@@ -86,7 +86,7 @@ class Folding:
         if self.rule.bounded:
             deltas = noised(deltas, state.units, section.dp_noise * section.dp_clip)
         elif self.answers < selected and self.rule.sums:
-            # Those who were drawn but did not answer: the share that did estimates p_answer (design 8).
+            # Those who were drawn but did not answer: the share that did estimates p_answer.
             for delta in deltas.values():
                 delta *= selected / self.answers
         drawn_from = np.count_nonzero(state.examples)

@@ -24,7 +24,7 @@ from sam_ds.federation.server import Server
 from sam_ds.federation.setup import check_model, clients_of, corpus_of, prepare_base, write_config
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.federation.strategy import SamStrategy
-from sam_ds.graph.bounds import corrected_bound, fit_rate, founding_bound
+from sam_ds.graph.bounds import corrected_bound, fit_rate, uncorrected_bound
 
 
 def prepare(config: RunConfig) -> Path:
@@ -138,12 +138,12 @@ def _end_record(
 
 
 def bounds(server: Server) -> dict[str, Any] | None:
-    """The founding document's bound and the corrected one beside the measured gap, from the fitted rate.
+    """The uncorrected bound and the corrected one beside the measured gap, from the fitted rate.
 
     Estimates: on a real run nothing proves the loss to be PL; None where the losses do not allow a fit.
     """
     losses, section = server.state.losses, server.config.federation
-    # A hostile update may leave a model without a finite loss; the run's report says so.
+    # What follows a round's answers, as refitted stand-ins, may leave a loss that is not finite: the report says so.
     if not np.isfinite(losses).all() or (fit := fit_rate(losses)) is None:
         return None
     # With the rate per round eta mu = fit.rate, eta is taken as 1 round and mu = rate; at step size 1 / Lip the noise
@@ -153,7 +153,7 @@ def bounds(server: Server) -> dict[str, Any] | None:
         "gamma": server.state.gamma, "T_m": section.edit_every, "gap0": fit.gap0,
     }  # fmt: skip
     return {
-        "founding": founding_bound(len(losses) - 1, **common),
+        "uncorrected": uncorrected_bound(len(losses) - 1, **common),
         "corrected": corrected_bound(len(losses) - 1, **common, lip=1.0),
         "measured": losses[-1] - fit.floor,
         "note": f"estimates, nats a token: rate {fit.rate:.3g} a round, floor {fit.floor:.4f} and noise fitted to the "

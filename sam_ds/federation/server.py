@@ -226,7 +226,7 @@ class Server:
 
     def refit_standins(self) -> float:
         """Fit the stand-ins to the experts as they have become, layer by layer on the calibration text, each on what
-        the layers before it are now (design 3); returns the seconds it took."""
+        the layers before it are now; returns the seconds it took."""
         began = time.perf_counter()
         layers, cores = self.model.sam_layers, []
         inputs = layer_inputs(self.model, layers, [self.public.calibration])

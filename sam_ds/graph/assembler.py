@@ -1,9 +1,9 @@
 """The assembler: one small MLP, shared by all clients, that turns a client's condition into edge logits.
 
-SAM-v2 gives each client its own A_i with an (E, E) output; here a single network is conditioned on the client
-and federated like any shared parameter, and each layer's logits are a product of rank a, (E, a) times (a, E),
-added to a fixed prior: the number of parameters grows with E, never with E^2. The hard top-B has no gradient
-of its own; it comes through the credited edges of the route (`route.gate_values`).
+A network for each client, with an (E, E) output, would learn from one client's text alone; here a single one is
+conditioned on the client and federated like any shared parameter, and each layer's logits are a product of rank a,
+(E, a) times (a, E), added to a fixed prior: the number of parameters grows with E, never with E^2. The hard top-B has
+no gradient of its own; it comes through the credited edges of the route (`route.gate_values`).
 
 Where experts send messages, it also writes what each edge's are multiplied with for this client, as another product
 of rank a, beside the gains that all clients share: there a graph is a weighted one, its weights have a gradient, and

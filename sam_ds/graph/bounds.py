@@ -1,12 +1,12 @@
-"""Convergence bounds beside a measured gap: the founding document's, and a corrected one.
+"""Convergence bounds beside a measured gap: one that adds up three terms, and a corrected one.
 
-SAM-v2 prints   E[L_T - L*] <= (1 - eta mu)^T gap0 + eta sigma2 / (2 mu) + rho_max gamma T_m.
+The first is   E[L_T - L*] <= (1 - eta mu)^T gap0 + eta sigma2 / (2 mu) + rho_max gamma T_m.
 
 With an Lip-smooth loss that satisfies the PL inequality, eta <= 1 / Lip and gradient noise of variance
 sigma2, one step gives gap' <= (1 - eta mu) gap + Lip eta^2 sigma2 / 2, so the noise term is Lip eta sigma2 /
 (2 mu). An edit period changes the loss by at most rho_max gamma and the optimum L* of the graph by as much,
 so right after the edits G <= (1 - eta mu)^T_m G + 2 rho_max gamma: the graph term is 2 rho_max gamma / (1 -
-(1 - eta mu)^T_m). It shrinks with T_m, where the printed one grows.
+(1 - eta mu)^T_m). It shrinks with T_m, where the first one grows.
 
 Units: losses, gaps and gamma in nats per token, T and T_m in rounds. L* is the optimum of the current graph.
 """
@@ -21,10 +21,10 @@ import numpy as np
 from sam_ds.errors import InputError
 
 
-def founding_bound(
+def uncorrected_bound(
     T: int, *, eta: float, mu: float, sigma2: float, rho_max: int, gamma: float, T_m: int, gap0: float
 ) -> float:
-    """The bound as the founding document prints it, for comparison: it does not hold in general."""
+    """The three terms added up, for comparison: it does not hold in general."""
     _check_rate(eta, mu, T_m)
     return float((1 - eta * mu) ** T * gap0 + eta * sigma2 / (2 * mu) + rho_max * gamma * T_m)
 

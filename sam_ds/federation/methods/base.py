@@ -1,4 +1,4 @@
-"""A method of federated training is four small functions; everything else is shared (design 12).
+"""A method of federated training is four small functions; everything else is shared.
 
     plan       who takes part, which experts each holds, with which probability, over which graph
     train      what is trainable on a client and so what it uploads

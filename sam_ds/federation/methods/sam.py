@@ -1,6 +1,6 @@
 """SAM: subsets of experts drawn by the reach of each client's own graph, unbiased aggregation, topology edits.
 
-Design 5, 7, 8, 9; the founding document's roadmap (assembler, sparse routing, 1/p aggregation, graph adaptation).
+Four parts: the assembler, routing over a sparse graph, aggregation by 1/p, and a graph that adapts.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ rounds = 1
 variants = ["sam", "twin", "fedavg"]
 settings = ["one"]
 seeds = [0, 1]
-compare = [["sam", "fedavg", "bytes", "merged"]]
+compare = [["sam", "fedavg", "upload", "merged"]]
 """
 
 
@@ -95,12 +95,12 @@ def test_central_training_is_the_same_cell_under_every_partition(tmp_path):
     ("[tune]", "[tuning]", r"unknown table \[tuning\].*did you mean 'tune'"),
     ('variants = ["sam",', 'variants = ["sma",', "tables.main.variants must name some of sam, .* got 'sma'"),
     ("seeds = [0, 1]", "seeds = [-1]", "tables.main.seeds must be whole numbers"),
-    ('"bytes"', '"time"', "tables.main.compare must be of"),
-    ('"sam", "fedavg", "bytes"', '"sam", "fedit", "bytes"', "tables.main.compare must be of"),
+    ('"upload"', '"time"', "tables.main.compare must be of"),
+    ('"sam", "fedavg", "upload"', '"sam", "fedit", "upload"', "tables.main.compare must be of"),
     ("{{ explore = 0.0 }}", "{{ explore = 2.0 }}", "variants.twin under settings.one: federation.explore must be"),
     ("[settings.one]", "[settings.one]\nsead = 1\n[settings.two]", "unknown key 'sead'"),
     ('setting = "one"', 'setting = "two"', r"no \[tune\] of one of its settings"),
-    ('["sam", "fedavg", "bytes", "merged"]', '["fedavg", "sam", "bytes", "sparse"]', "'fedavg' has no sparse model"),
+    ('["sam", "fedavg", "upload", "merged"]', '["fedavg", "sam", "upload", "sparse"]', "'fedavg' has no sparse model"),
     ("compare =", "compared =", "unknown key tables.main.compared; did you mean 'compare'"),
 ])  # fmt: skip
 def test_a_suite_that_makes_no_sense_is_refused(tmp_path, old, new, message):
@@ -110,16 +110,17 @@ def test_a_suite_that_makes_no_sense_is_refused(tmp_path, old, new, message):
 
 
 def test_curves_are_read_where_as_much_was_spent_never_in_our_favour():
-    ours = [{"up": up, "flops": 2 * up, "merged": 10 - up} for up in (0, 1, 2)]
-    peer = [{"up": up, "flops": up, "merged": 20 - up} for up in (0, 1.5, 3, 4.5)]
+    ours = [{"up": up, "down": 3 * up, "flops": 2 * up, "merged": 10 - up} for up in (0, 1, 2)]
+    peer = [{"up": up, "down": up, "flops": up, "merged": 20 - up} for up in (0, 1.5, 3, 4.5)]
     # The peer at its first round with at least our bytes: more than ours.
-    assert equal_points(ours, peer, "bytes") == (ours[-1], peer[2])
+    assert equal_points(ours, peer, "upload") == (ours[-1], peer[2])
     # Ours between two of its rounds, where it has spent what all of the peer's costs.
-    mine, yours = equal_points(peer, ours, "bytes")
-    assert mine == {"up": 2, "merged": pytest.approx(18)} and yours == ours[2]
+    mine, yours = equal_points(peer, ours, "upload")
+    assert mine == {"merged": pytest.approx(18)} and yours == ours[2]
     # At a round of its own it is that round.
-    assert equal_points([*ours, {"up": 9, "flops": 99, "merged": 0}], ours, "bytes") == (ours[2], ours[2])
+    assert equal_points([*ours, {"up": 9, "down": 0, "flops": 99, "merged": 0}], ours, "upload") == (ours[2], ours[2])
     assert equal_points(ours, peer, "flops") == (ours[2], peer[3])
+    assert equal_points(ours, peer, "traffic") == (ours[2], peer[3])
     assert equal_points(ours, peer, "rounds") == (ours[-1], peer[-1])
 
 
@@ -200,7 +201,7 @@ def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     lines = "\n".join(f"{key} = {value}" for key, value in base.items())
     text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("federation = {{ rounds = 2 }}", "seed = 0")
     text = text.replace('["sam", "twin", "fedavg"]', '["sam", "fedavg"]').replace("seeds = [0, 1]", "seeds = [0]")
-    text = text.replace('"bytes"', '"rounds"').replace('model = "m"', f'model = "{tiny.model.name}"')
+    text = text.replace('"upload"', '"rounds"').replace('model = "m"', f'model = "{tiny.model.name}"')
     arguments = ["bench", "federation", "--config", str(write(tmp_path, text, lines)), "--data", str(tiny.corpus),
                  "--models", str(tiny.model.parent), "--runs", str(tmp_path / "runs"), "--json"]  # fmt: skip
     assert main(arguments) == 0

@@ -9,20 +9,32 @@ import pytest
 import torch
 
 from sam_ds.cli import main
+from sam_ds.data.corpus import load_corpus
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
+from sam_ds.federation.setup import prepare_base
 
 
 @pytest.fixture
-def folder(tiny, tmp_path):
+def left_behind(tmp_path):
     """A converted model with an assembler, as a federation leaves it behind."""
     from transformers import AutoTokenizer
 
-    model = from_pretrained(tiny.base, dtype=torch.float32)
-    add_assembler(model, seed=0)
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(tiny.base).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    def save(base):
+        model = from_pretrained(base, dtype=torch.float32)
+        add_assembler(model, seed=0)
+        if model.sam_assembler.config.messages:
+            torch.nn.init.normal_(model.sam_assembler.gain_heads, generator=torch.Generator().manual_seed(0))
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+@pytest.fixture
+def folder(tiny, left_behind):
+    return left_behind(tiny.base)
 
 
 def test_a_zero_shot_graph_is_judged_beside_random_and_trained_ones(tiny, folder, capsys):
@@ -39,6 +51,27 @@ def test_a_zero_shot_graph_is_judged_beside_random_and_trained_ones(tiny, folder
     assert main([*arguments, "--steps", "1", "--lr", "1e-12"]) == 0
     rows = {row["graph"]: row["perplexity"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
     assert rows["trained"] == rows["zero-shot"] != rows["random 0"]
+
+
+def test_with_messages_graph_and_gains_are_told_apart(tiny, left_behind, tmp_path, capsys):
+    config = tiny.config(tmp_path / "run", "sam.semantics=message")
+    folder = left_behind(prepare_base(config, tmp_path / "run", load_corpus(config.data)))
+    assert main(["bench", "zero_shot", "--model", str(folder), "--data", str(tiny.corpus), "--domain", "ships",
+                 "--edges", "8", "--active", "4", "--tokens", "128", "--test-tokens", "256", "--rounds", "2",
+                 "--steps", "20", "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    nats = {row["graph"]: math.log(row["perplexity"]) for row in found["rows"]}
+    assert list(nats) == ["random 0", "random 1", "all edges", "random 0, own gains", "random 1, own gains",
+                          "zero-shot, shared gains", "zero-shot", "trained"]  # fmt: skip
+    for one, other in (("random 0", "random 0, own gains"), ("zero-shot, shared gains", "zero-shot")):
+        assert nats[one] != nats[other]
+    start, gap = (nats["random 0"] + nats["random 1"]) / 2, found["ratios"]["gap_nats"]
+    assert gap == pytest.approx(start - nats["trained"])
+    by_gains = start - (nats["random 0, own gains"] + nats["random 1, own gains"]) / 2
+    assert found["ratios"] == pytest.approx({
+        "recovered": (start - nats["zero-shot"]) / gap, "by_graph": (start - nats["zero-shot, shared gains"]) / gap,
+        "by_gains": by_gains / gap, "gap_nats": gap,
+    })  # fmt: skip
 
 
 def test_an_unknown_domain_is_refused(tiny, folder, capsys):

@@ -4,9 +4,10 @@ The suite says which (`bench/suite.py`). Every variant first finds its own learn
 runs, on validation text and a seed that no table has; then every cell of the table runs. Cells that `--results` has are
 not run again, and one that was stopped goes on from its last round.
 
-At equal bytes or FLOPs a peer is read at the first of its evaluated rounds that has spent at least as much as ours has
-at the end, or ours, where it has spent more than the peer's whole run, on the line between its evaluated rounds around
-that: a curve that falls ever more slowly is below it, so the rounding is never in our favour.
+At equal upload, traffic (up and down) or FLOPs a peer is read at the first of its evaluated rounds that has spent at
+least as much as ours has at the end, or ours, where it has spent more than the peer's whole run, on the line between
+its evaluated rounds around that: a curve that falls ever more slowly is below it, so the rounding is never in our
+favour.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ from sam_ds.evaluation.svg import lines
 from sam_ds.federation.metrics import read_records
 
 Curve = Sequence[Mapping[str, Any]]
+_SPENT: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "upload": lambda point: float(point["up"]),
+    "traffic": lambda point: float(point["up"] + point["down"]),
+    "flops": lambda point: float(point["flops"]),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,19 +250,19 @@ def equal_points(ours: Curve, peer: Curve, axis: str) -> tuple[Mapping[str, Any]
     """Where on two curves both have spent as much, rounded against ours."""
     if axis == "rounds":
         return ours[-1], peer[-1]
-    what = {"bytes": "up", "flops": "flops"}[axis]
-    budget = min(ours[-1][what], peer[-1][what])
-    return _at(ours, what, budget), next(point for point in peer if point[what] >= budget)
+    spent = _SPENT[axis]
+    budget = min(spent(ours[-1]), spent(peer[-1]))
+    return _at(ours, spent, budget), next(point for point in peer if spent(point) >= budget)
 
 
-def _at(curve: Curve, what: str, budget: float) -> Mapping[str, Any]:
+def _at(curve: Curve, spent: Callable[[Mapping[str, Any]], float], budget: float) -> Mapping[str, Any]:
     """The point of a curve that has spent this much, on the line between the two around it."""
-    after = next(point for point in curve if point[what] >= budget)
-    if after[what] == budget:
+    after = next(point for point in curve if spent(point) >= budget)
+    if spent(after) == budget:
         return after
-    before = [point for point in curve if point[what] < budget][-1]
-    share = (budget - before[what]) / (after[what] - before[what])
-    return {what: budget} | {
+    before = [point for point in curve if spent(point) < budget][-1]
+    share = (budget - spent(before)) / (spent(after) - spent(before))
+    return {
         name: before[name] + share * (after[name] - before[name])
         for name in MODELS if before.get(name) is not None and after.get(name) is not None
     }  # fmt: skip

@@ -25,7 +25,7 @@ from sam_ds.errors import InputError, nearest
 from sam_ds.federation.methods.registry import configured
 from sam_ds.tables import leaves, merge
 
-AXES = ("rounds", "bytes", "flops")
+AXES = ("rounds", "upload", "traffic", "flops")
 MODELS = ("merged", "sparse")
 
 

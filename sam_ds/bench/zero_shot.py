@@ -1,9 +1,10 @@
 """A graph for a domain that no client held: random, by the assembler from unlabelled text alone, or trained on it.
 
-The model is one that a federation without that domain left behind (`RUN/model`). All graphs have the same edges a layer
-and route with the same budget; only the assembler is trained, on the domain's train text, its graph drawn anew and
-explored at every step. What zero-shot recovers is its share of the way from the random graphs to the trained one, in
-nats a token.
+The model is one that a federation without that domain left behind (`RUN/model`). All graphs, but for that of all edges,
+have the same edges a layer, and all route with the same budget; only the assembler is trained, on the domain's train
+text, its graph drawn anew and explored at every step. What zero-shot recovers is its share of the way from the random
+graphs to the trained one, in nats a token. Where experts send messages the assembler writes gains too: rows tell what
+the graph alone recovers, over the gains that all share, and what the gains alone do, over the random graphs.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Rows: graphs, with the sparse perplexity of the domain. Ratios: the share of the gap that zero-shot recovers.
-    `--rounds`: random graphs."""
+    """Rows: graphs, with the sparse perplexity of the domain. Ratios: the share of the gap that zero-shot recovers, and
+    its parts where experts send messages. `--rounds`: random graphs."""
     check_sizes(options, "tokens", "test_tokens", "steps")
     corpus = load_corpus(options.data, public_every=0)
     if options.domain not in corpus.domains:
@@ -69,13 +70,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     own = personal_graph(model, seen_BS, edges=options.edges)
     rng = np.random.default_rng(options.seed)
     layers = len(model.sam_layers)
+    drawn = [
+        _stacked([random_graph(config.num_experts, options.edges, config.roots, rng) for _ in range(layers)])
+        for _ in range(options.rounds)
+    ]
     graphs: dict[str, tuple[Tensor, Tensor | None]] = {
-        f"random {index}": (_stacked([
-            random_graph(config.num_experts, options.edges, config.roots, rng) for _ in range(layers)
-        ]), None)
-        for index in range(options.rounds)
-    }  # fmt: skip
+        f"random {index}": (graph_LEE, None) for index, graph_LEE in enumerate(drawn)
+    }
     graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None
+    if config.semantics == "message":
+        graphs |= {f"random {index}, own gains": (graph_LEE, own.condition) for index, graph_LEE in enumerate(drawn)}
+        graphs["zero-shot, shared gains"] = own.graph_LEE, None
     graphs["zero-shot"] = own.graph_LEE, own.condition
     with model.active(options.active or config.top_k):
         rows: list[dict[str, Any]] = [
@@ -85,10 +90,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         trained_LEE = _trained(model, own.condition, train_BS, options)
         rows.append({"graph": "trained", "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})
     nats = {row["graph"]: math.log(row["perplexity"]) for row in rows}
-    drawn = float(np.mean([value for name, value in nats.items() if name.startswith("random")]))
-    gap = drawn - nats["trained"]
-    recovered = (drawn - nats["zero-shot"]) / gap if gap > 0 else math.nan
-    return {"rows": rows, "ratios": {"recovered": recovered, "gap_nats": gap}}
+    count = range(options.rounds)
+    start = float(np.mean([nats[f"random {index}"] for index in count]))
+    gap = start - nats["trained"]
+    ends = {"recovered": nats["zero-shot"]}
+    if config.semantics == "message":
+        ends["by_graph"] = nats["zero-shot, shared gains"]
+        ends["by_gains"] = float(np.mean([nats[f"random {index}, own gains"] for index in count]))
+    ratios = {name: (start - end) / gap if gap > 0 else math.nan for name, end in ends.items()}
+    return {"rows": rows, "ratios": ratios | {"gap_nats": gap}}
 
 
 def _trained(model: SamMixin, condition: Tensor, train_BS: Tensor, options: argparse.Namespace) -> Tensor:

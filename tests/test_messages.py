@@ -147,8 +147,10 @@ def test_bytes_are_counted_as_sent(tiny, tmp_path):
     assert message_bytes(message) == serialised
     counted = count_bytes(message, raw=123)
     assert (counted.raw, counted.message) == (123, serialised)
-    # 14 of the 28 edges of either layer are there: a bit each, and a bit each of all.
-    mine, whole = (encode(np.full(size, 255, np.uint8)) for size in (4, 7))
+    # 14 of the 28 edges of either layer are there, and all are the client's: a bit each, and a bit each of all.
+    tails, heads = np.triu_indices(8, 1)
+    bits = (np.ones(28, bool), task.graph_LEE[:, tails, heads])
+    mine, whole = (encode(np.packbits(flags)) for flags in bits)
     records = (blobs, {"condition": encode(task.condition, base_round=1)}, {"mine": mine, "whole": whole})
     assert counted.encoded == sum(len(bundle(record)) for record in records)
     assert counted.encoded < counted.message

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sam_ds.errors import InputError
-from sam_ds.experts.checkpoint import from_pretrained, is_converted
+from sam_ds.experts.checkpoint import from_pretrained, is_converted, restore_sam
 from sam_ds.experts.config import SamConfig
 from sam_ds.experts.convert import get_sam_model
+from sam_ds.experts.model import TENSOR_FILE
 
 IDS = torch.randint(3, 97, (40, 32), generator=torch.Generator().manual_seed(1))
 
@@ -111,7 +113,29 @@ def test_a_variant_is_refused(model, tmp_path):
 def test_what_is_saved_may_be_given_by_place(model, tmp_path):
     """As a plain model takes it."""
     state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    state |= {name: value for name, value in model.state_dict().items() if value.dtype == torch.bool}
     model.save_pretrained(tmp_path / "new", True, state)
-    assert not any(value.any() for value in from_pretrained(tmp_path / "new").state_dict().values())
+    again = from_pretrained(tmp_path / "new").state_dict()
+    assert not any(value.any() for value in again.values() if value.dtype != torch.bool)
     model.save_pretrained(tmp_path / "none", False)
     assert not is_converted(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("edge", "value", "message"),
+    [
+        ((5, 3), True, "the graph holds the edge 5 -> 3"),
+        ((slice(None), 6), False, r"experts \[6\] cannot be reached from the 1 root"),
+    ],
+)
+def test_a_file_with_a_cyclic_or_unreachable_graph_is_refused(model, tmp_path, edge, value, message):
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / TENSOR_FILE)
+    name = next(name for name in tensors if "layers.1." in name and name.endswith("adjacency_SS"))
+    tensors[name][edge] = value
+    save_file(tensors, tmp_path / TENSOR_FILE)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for load in (from_pretrained, lambda folder: restore_sam(model, folder)):
+        with pytest.raises(InputError, match=rf"{TENSOR_FILE}, .*layers\.1\..*: {message}"):
+            load(tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -26,6 +26,7 @@ from sam_ds.experts.model import (
     wrap_ffns,
 )
 from sam_ds.experts.surgery import find_ffns
+from sam_ds.graph.dag import check_graph
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
@@ -46,7 +47,8 @@ def from_pretrained(name: str | Path, **kwargs: Any) -> SamMixin:
     """Load what a converted model's `save_pretrained` wrote: a folder, or the id of its repository on the hub.
 
     `kwargs` go to AutoModelForCausalLM; `revision`, `token` and their like say which repository, for all its files.
-    Raises InputError where one of the two SAM files is missing or does not fit, or a plain model has been saved since.
+    Raises InputError where one of the two SAM files is missing or does not fit, holds a graph with a cycle or an expert
+    that cannot be reached, or a plain model has been saved since.
     """
     config_file, tensor_file = _sam_files(name, {key: kwargs[key] for key in _HUB if key in kwargs})
     config = _read_config(config_file)
@@ -80,6 +82,12 @@ def _read_config(config_file: Path) -> SamConfig:
 def _fill(model: SamMixin, tensor_file: Path) -> None:
     with safe_open(tensor_file, "pt") as tensors:
         own = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    for name, mask_SS in own.items():
+        if name.endswith(".adjacency_SS"):
+            try:
+                check_graph(mask_SS.numpy(), model.sam_config.roots)
+            except InputError as error:
+                raise InputError(f"{tensor_file}, {name}: {error}") from error
     lost_LK = own.pop("lost_LK", None)
     model.sam_affinity_LEE = own.pop("affinity_LEE")
     if any(name.startswith("sam_assembler.") for name in own) and model.sam_assembler is None:

@@ -39,18 +39,19 @@ def check_graph(mask: BoolArray, roots: int) -> None:
         )
     _check_roots(roots, mask.shape[-1])
     for layer, mask_EE in enumerate(mask if mask.ndim == 3 else mask[None]):
+        of_layer = f" of layer {layer}" if mask.ndim == 3 else ""
         lower = np.argwhere(np.tril(mask_EE))
         if lower.size:
             tail, head = lower[0].tolist()
             raise InputError(
-                f"the graph of layer {layer} holds the edge {tail} -> {head}; edges go from a lower to a "
-                "higher index: remove it or swap its ends"
+                f"the graph{of_layer} holds the edge {tail} -> {head}; edges go from a lower to a higher index: remove "
+                "it or swap its ends"
             )
         lost = np.flatnonzero(~reachable(mask_EE, roots))
         if lost.size:
             raise InputError(
-                f"experts {lost.tolist()[:10]} of layer {layer} cannot be reached from the {roots} root(s): "
-                "add an edge into each, for instance with sam_ds.graph.dag.repair"
+                f"experts {lost.tolist()[:10]}{of_layer} cannot be reached from the {roots} root(s): add an edge into "
+                "each, for instance with sam_ds.graph.dag.repair"
             )
 
 

@@ -13,7 +13,7 @@ from sam_ds.federation.messages import blobs_of
 from sam_ds.federation.run import bounds
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.graph.dag import check_graph
-from sam_ds.graph.editlog import catch_up
+from sam_ds.graph.editlog import catch_up, every_edge, unpack_edges
 from sam_ds.graph.edits import Edit
 from sam_ds.graph.privacy import gaussian_epsilon
 
@@ -54,6 +54,18 @@ def test_records_are_complete(good):
         for way in ("bytes_up", "bytes_down"):
             assert 0 < record[way]["encoded"] < record[way]["message"]
         assert record["bytes_up"]["raw"] == record["bytes_down"]["raw"]
+
+
+def test_the_graph_that_a_client_trained_over_is_written_down(federate):
+    federation = federate("federation.rounds=1", "federation.explore=0.3", "federation.edges=9")
+    graphs = federation.strategy._planned.graphs
+    assert len({graph_LEE.tobytes() for graph_LEE in graphs.values()}) > 1
+    records = federation.records("client")
+    assert {record["client"] for record in records} == graphs.keys()
+    for record in records:
+        bits = np.frombuffer(bytes.fromhex(record["graph"]), np.uint8)
+        graph_LEE = graphs[record["client"]]
+        np.testing.assert_array_equal(unpack_edges(bits, every_edge(*graph_LEE.shape[:2])), graph_LEE)
 
 
 def test_edits_keep_the_graph_valid(good):
@@ -247,6 +259,17 @@ def test_a_round_without_clients_is_no_failure(federate):
     losses = federation.server.state.losses
     for record in empty:
         assert losses[record["round"]] == losses[record["round"] - 1]
+
+
+def test_the_bounds_of_a_run_are_those_of_its_fitted_constants(federate):
+    """On losses that decay exactly: nothing is left of noise, and what each bound says of edits can be worked out."""
+    server = federate("federation.edit_every=3", "federation.max_edits=2", start=False).server
+    server.state.losses, server.state.gamma = [2.0 + 3.0 * 0.8**t for t in range(13)], 0.01
+    found = bounds(server)
+    gap = 3.0 * 0.8**12
+    assert found["measured"] == pytest.approx(gap, abs=1e-6)
+    assert found["uncorrected"] == pytest.approx(gap + 2 * 0.01 * 3, abs=1e-4)
+    assert found["corrected"] == pytest.approx(gap + 2 * 2 * 0.01 / (1 - 0.8**3), abs=1e-4)
 
 
 def test_a_run_whose_loss_is_not_finite_still_ends(federate):

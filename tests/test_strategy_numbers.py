@@ -9,6 +9,7 @@ from in_process import Federation, first_clients, status
 
 from sam_ds.bench.tampering import crash, scaled, without
 from sam_ds.federation.messages import blobs_of
+from sam_ds.federation.participation import inclusion_probabilities
 from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import ExpertUnit, decode_units
 
@@ -146,6 +147,30 @@ def test_fitness_and_load_are_learned_from_the_answers(federate):
     np.testing.assert_allclose(state.load, load)
     assert routed == {True, False}
     assert (state.fitness != state.rates).any() and ((0 <= state.fitness) & (state.fitness <= 1)).all()
+
+
+@pytest.mark.parametrize("score", ["reach", "usage"])
+def test_experts_are_drawn_by_each_clients_own_text_and_graph(federate, score):
+    """Reach mass over the graph that the client trains over, what was explored included, and no other's."""
+    overrides = ("federation.rounds=1", "federation.explore=0.3", "federation.edges=9")
+    server = federate(f"federation.score={score}", *overrides).server
+    rates = server.state.rates
+    rates[:] = np.random.default_rng(0).random(rates.shape).astype(rates.dtype)
+    planned = server.method.plan(server, 2)
+    section, roots = server.config.federation, server.config.sam.roots
+    assert len({graph_LEE.tobytes() for graph_LEE in planned.graphs.values()}) > 1
+    for client in planned.plan.clients:
+        for layer, mask_EE in enumerate(planned.graphs[client.client]):
+            scores_E = rates[client.client, layer].astype(np.float64)
+            if score == "reach":
+                for e in range(roots):
+                    scores_E[e] = 1.0
+                for e in range(roots, len(scores_E)):
+                    missed = [1.0 - scores_E[p] for p in range(e) if mask_EE[p, e]]
+                    scores_E[e] *= 1.0 - np.prod(missed)
+            budget = server.config.tiers[client.tier].experts
+            want_E = inclusion_probabilities(scores_E, budget=budget, roots=roots, floor=section.floor_in_force)
+            np.testing.assert_allclose(client.h[layer], want_E, rtol=1e-12)
 
 
 def trained_alone(server, worker, client):

@@ -36,6 +36,7 @@ from sam_ds.federation.privacy import spent
 from sam_ds.federation.registration import Roster
 from sam_ds.federation.server import Server
 from sam_ds.federation.state import checkpoint_round, checkpoints, save_checkpoint
+from sam_ds.graph.editlog import every_edge, pack_edges
 from sam_ds.wire.bundle import bundle
 from sam_ds.wire.payload import ByteCount, RejectedUpdate, Unit, encode_units, unit_name
 
@@ -266,10 +267,14 @@ class SamStrategy(Strategy):
 
     def _log_client(self, round_: int, client: ClientPlan, *, status: str, **facts: Any) -> None:
         zero = ByteCount(raw=0, encoded=0, message=0)
+        assert self._planned is not None
+        graph_LEE = self._planned.graphs[client.client]
         self.log.write(
             {
                 "kind": "client", "round": round_, "client": client.client, "tier": client.tier, "status": status,
                 "bytes_up": asdict(zero), "bytes_down": asdict(self._down.get(client.client, zero)),
+                # What was explored cannot be had again: `editlog.unpack_edges` within `every_edge`.
+                "graph": pack_edges(graph_LEE, every_edge(*graph_LEE.shape[:2])).tobytes().hex(),
             } | facts
         )  # fmt: skip
 

@@ -46,7 +46,8 @@ Moments: TypeAlias = tuple[NDArray[Any], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AggregationConfig:
-    """How replies are weighted and what the server does with their sum; optimizer fields named as in flwr."""
+    """How replies are weighted and what the server does with their sum. Fields of optimizers are named as in flwr, but
+    for `server_lr`, which flwr calls `server_learning_rate` in FedAvgM and `eta` in FedAdam and FedYogi."""
 
     rule: str = "ht"
     """One of `RULES`."""

@@ -1,7 +1,9 @@
 """Central training: one client has all documents and does in a round the local steps of all that a round draws.
 
-What a federation is measured against. The optimizer begins anew every round, as everyone's does here; the whole model
-trains, as under `fedavg`.
+What a federation is measured against, of no paper. The whole model trains, as under `fedavg`.
+
+Deviations from plain training: the optimizer and the warm-up begin anew every round, as everyone's do here, and the
+model travels to its one client and back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Local training: every client trains low-rank adapters of its own, and nothing is averaged.
 
-What a client gains by taking part is what it has more than here. The adapters are FedIT's, both factors trained.
-A domain is scored with the models of the clients that hold mostly its documents (`Server.evaluate`): the figure is of
-clients on their own domain. The model that the run leaves behind is the one it began with.
+What a client gains by taking part is what it has more than here; of no paper. The adapters are FedIT's (2305.05644),
+both factors trained. A domain is scored with the models of the clients that hold mostly its documents
+(`judging.evaluate`): the figure is of clients on their own domain. The model that the run leaves behind is the one it
+began with.
 
 Deviations: a client trains in the rounds it is drawn in, as under every other method, and its optimizer begins anew.
 """

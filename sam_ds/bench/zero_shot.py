@@ -1,17 +1,20 @@
 """A graph for a domain that no client held: random, by the assembler from unlabelled text alone, or trained on it.
 
-The model is one that a federation without that domain left behind (`RUN/model`). All graphs, but for that of all edges,
-have the same edges a layer, and all route with the same budget; only the assembler is trained, on the domain's train
-text, its graph drawn anew and explored at every step. What zero-shot recovers is its share of the way from the random
-graphs to the trained one, in nats a token. Where experts send messages the assembler writes gains too: rows tell what
-the graph alone recovers, over the gains that all share, and what the gains alone do, over the random graphs.
+The model is one that a federation without that domain left behind (`RUN/model`). All graphs, but for that of all edges
+and the server's, have the same edges a layer, or all that the server's has, and all route with the same budget; only
+the assembler is trained, on the domain's train text, its graph drawn anew and explored at every step. What zero-shot
+recovers is its share of the way from the random graphs to the trained one, in nats a token.
+
+Whether the text has a part in that, other graphs tell: the server's, and those that the assembler makes of the other
+domains' texts. Where experts send messages the assembler writes gains too: rows tell what the graph alone recovers,
+over the gains that all share, and what the gains alone do, over the random graphs.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Rows: graphs, with the sparse perplexity of the domain. Ratios: the share of the gap that zero-shot recovers, and
-    its parts where experts send messages. `--rounds`: random graphs."""
+    """Rows: graphs, with the sparse perplexity of the domain. Ratios: the share of the gap that zero-shot recovers, its
+    parts where experts send messages, and what the server's graph and other texts' recover. `--rounds`: random graphs.
+    """
     check_sizes(options, "tokens", "test_tokens", "steps")
     corpus = load_corpus(options.data, public_every=0)
     if options.domain not in corpus.domains:
@@ -63,11 +67,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     config, splits = model.sam_config, corpus.domains[options.domain]
     window = window_of(model)
-    seen_BS, test_BS = (
-        token_rows({options.domain: texts}, tokenizer, window=window, tokens=tokens)
-        for texts, tokens in ((splits.train, options.tokens), (splits.test, options.test_tokens))
-    )
-    own = personal_graph(model, seen_BS, edges=options.edges)
+    personal = {
+        name: personal_graph(
+            model, token_rows({name: texts.train}, tokenizer, window=window, tokens=options.tokens), edges=options.edges
+        )
+        for name, texts in corpus.domains.items()
+    }
+    own = personal.pop(options.domain)
+    test_BS = token_rows({options.domain: splits.test}, tokenizer, window=window, tokens=options.test_tokens)
     rng = np.random.default_rng(options.seed)
     layers = len(model.sam_layers)
     drawn = [
@@ -78,6 +85,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"random {index}": (graph_LEE, None) for index, graph_LEE in enumerate(drawn)
     }
     graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None
+    graphs["the server's"] = model.graph(), None
+    graphs |= {f"of {name}": (other.graph_LEE, None) for name, other in personal.items()}
     if config.semantics == "message":
         graphs |= {f"random {index}, own gains": (graph_LEE, own.condition) for index, graph_LEE in enumerate(drawn)}
         graphs["zero-shot, shared gains"] = own.graph_LEE, None
@@ -91,12 +100,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rows.append({"graph": "trained", "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})
     nats = {row["graph"]: math.log(row["perplexity"]) for row in rows}
     count = range(options.rounds)
-    start = float(np.mean([nats[f"random {index}"] for index in count]))
+    start = _mean(nats[f"random {index}"] for index in count)
     gap = start - nats["trained"]
-    ends = {"recovered": nats["zero-shot"]}
+    ends = {"recovered": nats["zero-shot"], "by_the_servers": nats["the server's"]}
+    if personal:
+        ends["by_others"] = _mean(nats[f"of {name}"] for name in personal)
     if config.semantics == "message":
         ends["by_graph"] = nats["zero-shot, shared gains"]
-        ends["by_gains"] = float(np.mean([nats[f"random {index}, own gains"] for index in count]))
+        ends["by_gains"] = _mean(nats[f"random {index}, own gains"] for index in count)
     ratios = {name: (start - end) / gap if gap > 0 else math.nan for name, end in ends.items()}
     return {"rows": rows, "ratios": ratios | {"gap_nats": gap}}
 
@@ -144,6 +155,10 @@ def _perplexity(model: SamMixin, test_BS: Tensor, graph_LEE: Tensor, condition: 
         window = test_BS.shape[1]
         nll_sum, tokens = token_nll(model, list(test_BS), window=window, stride=window, batch=_BATCH)
     return math.exp(nll_sum / tokens)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _stacked(masks: list[Any]) -> Tensor:

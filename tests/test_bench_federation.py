@@ -58,11 +58,19 @@ def test_cells_take_the_rate_of_the_variant_they_name(tmp_path):
     for rate, cell in trials["sam"].items():
         assert cell.config.train.lr == rate and cell.config.seed == 100 and cell.config.federation.rounds == 1
         assert cell.config.evaluation.split == "valid"
-    cells = suite.cells(table, {"sam": 0.2})
+    # What trial of the rate it was is the first of the warm-up's.
+    assert suite.warmups({"sam": 0.2})["sam"] == {3: trials["sam"][0.2]}
+    tried = Suite(write(tmp_path, SUITE.replace("seed = 100", "seed = 100\nwarmups = [0, 3, 4]")))
+    assert [
+        (steps, cell.config.train.warmup_steps, cell.config.train.lr)
+        for steps, cell in tried.warmups({"sam": 0.2})["sam"].items()
+    ] == [(3, 3, 0.2), (0, 0, 0.2), (4, 4, 0.2)]
+    cells = suite.cells(table, {"sam": {"lr": 0.2, "warmup_steps": 7}})
     assert [(c.variant, c.config.seed) for c in cells] == [
         (variant, seed) for seed in (0, 1) for variant in ("sam", "twin", "fedavg")
     ]  # fmt: skip
     assert [c.config.train.lr for c in cells[:3]] == [0.2, 0.2, 0.002]
+    assert [c.config.train.warmup_steps for c in cells[:3]] == [7, 7, 3]
     assert cells[1].config.federation.explore == 0.0 and cells[0].config.federation.rounds == 2
 
 
@@ -195,6 +203,27 @@ def test_a_cell_that_another_process_has_run_meanwhile_is_not_run_again(tiny, tm
 
 
 @pytest.mark.distributed
+def test_a_cell_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace('["sam", "twin", "fedavg"]', '["sam", "fedavg"]')
+    suite = Suite(write(tmp_path, text.replace("seeds = [0, 1]", "seeds = [0]")))
+    begun, fresh = suite.cells(suite.tables["main"], {})
+    asked = []
+
+    def stands_in(command, *, stdout, **_):
+        asked.append(command[-2:])
+        stdout.write("something broke")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr("subprocess.run", stands_in)
+    runs = tmp_path / "runs"
+    (runs / begun.name).mkdir(parents=True)
+    # What a run writes before its first round.
+    (runs / begun.name / "config.toml").write_text("")
+    assert main(["bench", "federation", "--config", str(tmp_path / "suite.toml"), "--runs", str(runs), "--jobs", "1"])
+    assert asked == [["--resume", str(runs / begun.name)], ["--set", f"out={runs / fresh.name}"]]
+
+
+@pytest.mark.distributed
 def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     base = dict(setting.split("=") for setting in SETTINGS)
     base |= {"federation.rounds": "1", "federation.clients": "3", "evaluation.split": '"test"'}
@@ -208,14 +237,15 @@ def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(row["variant"], row["seeds"]) for row in result["rows"]] == [("sam", 1), ("fedavg", 1)]
     sam, fedavg = result["rows"]
+    assert sam["worst"] > sam["merged"] and sam["sparse_worst"] > sam["sparse"] and fedavg["sparse_worst"] is None
     assert 0 < sam["MB_up"] and 0 < sam["TFLOPs"] < fedavg["TFLOPs"] and fedavg["sparse"] is None
     (ratio,) = result["ratios"].values()
     assert ratio == pytest.approx(sam["merged"] / fedavg["merged"]) and result["missing"] == 0
     lines = (tmp_path / "benchmarks" / "suite.jsonl").read_text()
     assert str(tmp_path) not in lines and len(lines.splitlines()) == 2
     plots = (tmp_path / "benchmarks" / "suite-main.svg").read_text()
-    # The figure and three axes for the merged models; of sparse ones there is but one.
-    assert plots.count("<svg") == 1 + 3 and "sam</text>" in plots and "fedavg</text>" in plots
+    # The figure and three axes for headline and worst domain of the merged models; of sparse ones there is but one.
+    assert plots.count("<svg") == 1 + 2 * 3 and "sam</text>" in plots and "fedavg</text>" in plots
     # Nothing runs again, wherever the model is now.
     assert main([*arguments, "--jobs", "1", "--minutes", "0", "--models", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == result["rows"]

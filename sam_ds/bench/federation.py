@@ -1,8 +1,8 @@
 """Federated methods side by side: the same model, clients, local steps and accounts of bytes and FLOPs.
 
-The suite says which (`bench/suite.py`). Every variant first finds its own learning rate, each with the same number of
-runs, on validation text and a seed that no table has; then every cell of the table runs. Cells that `--results` has are
-not run again, and one that was stopped goes on from its last round.
+The suite says which (`bench/suite.py`). Every variant first finds its own learning rate and then its warm-up, on
+validation text and a seed that no table has; then every cell of the table runs. Cells that `--results` has are not run
+again, and one that was stopped goes on from its last round.
 
 At equal upload, traffic (up and down) or FLOPs a peer is read at the first of its evaluated rounds that has spent at
 least as much as ours has at the end, or ours, where it has spent more than the peer's whole run, on the line between
@@ -23,8 +23,9 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ from sam_ds.evaluation.records import Records, read
 from sam_ds.evaluation.svg import lines
 from sam_ds.federation.metrics import read_records
 
+T = TypeVar("T")
 Curve = Sequence[Mapping[str, Any]]
 _SPENT: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "upload": lambda point: float(point["up"]),
@@ -91,12 +93,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             list(pool.map(measure, left))
         return read_results(results)
 
+    def best_of(trials: Mapping[str, Mapping[T, Cell]]) -> dict[str, T]:
+        """Variant -> what ends lowest, of the variants whose trials have all run; the first of equals."""
+        records = run_all([cell for tried in trials.values() for cell in tried.values()])
+        return {
+            variant: min(tried, key=lambda value: _end(records[tried[value].digest]))
+            for variant, tried in trials.items() if all(cell.digest in records for cell in tried.values())
+        }  # fmt: skip
+
     trials = suite.trials(table)
-    records = run_all([cell for by_rate in trials.values() for cell in by_rate.values()])
-    tuned = {}
-    for variant, by_rate in trials.items():
-        if all(cell.digest in records for cell in by_rate.values()):
-            tuned[variant] = min(by_rate, key=lambda rate: _end(records[by_rate[rate].digest]))
+    rates = best_of(trials)
+    tuned = {
+        variant: {"lr": rates[variant], "warmup_steps": steps}
+        for variant, steps in best_of(suite.warmups(rates)).items()
+    }
     cells = [
         cell for cell in suite.cells(table, tuned)
         if suite.rates_of(cell.variant) in tuned or suite.rates_of(cell.variant) not in trials
@@ -206,16 +216,15 @@ def _rows(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dic
             if not own:
                 continue
             last = [record["curve"][-1] for _, record in own]
-            held = [[d for d in record["after"] if d not in cell.config.federation.forgetting] for cell, record in own]
             rows.append({
                 "setting": setting, "variant": variant, "seeds": len(own),
                 "merged": float(np.mean([point["merged"] for point in last])),
                 "sd": float(np.std([point["merged"] for point in last], ddof=1)) if len(own) > 1 else 0.0,
-                "worst": float(np.mean([
-                    max(record["after"][domain] for domain in domains)
-                    for (_, record), domains in zip(own, held, strict=True)
-                ])),
+                "worst": float(np.mean([_worst(cell, record["after"]) for cell, record in own])),
                 "sparse": _mean_of([point["sparse"] for point in last]),
+                "sparse_worst": _mean_of([
+                    record["sparse_after"] and _worst(cell, record["sparse_after"]) for cell, record in own
+                ]),
                 "forgetting": _mean_of([record["forgetting"] for _, record in own]),
                 "MB_up": float(np.mean([point["up"] for point in last])) / 1e6,
                 "MB_down": float(np.mean([point["down"] for point in last])) / 1e6,
@@ -286,21 +295,33 @@ def _plots(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     """
     drawings = {}
     axes = (("up", 1e6, "MB uploaded"), ("flops", 1e12, "TFLOPs of clients"), ("round", 1, "round"))
-    for setting, model, (axis, unit, label) in itertools.product(table.settings, MODELS, axes):
+    for setting, kind, (axis, unit, label) in itertools.product(table.settings, _DRAWN, axes):
         series: dict[str, list[tuple[float, float]]] = {variant: [] for variant in table.variants}
         for variant in table.variants:
-            own = [r["curve"] for c, r in done if (c.variant, c.setting) == (variant, setting)]
-            if own and own[0][-1][model] is not None:
+            own = [(c, r["curve"]) for c, r in done if (c.variant, c.setting) == (variant, setting)]
+            value_of = partial(_DRAWN[kind], own[0][0]) if own else None
+            if value_of is not None and value_of(own[0][1][-1]) is not None:
                 series[variant] = [
                     (float(np.mean([point[axis] for point in points])) / unit,
-                     float(np.mean([point[model] for point in points])))
-                    for points in zip(*own, strict=True) if points[0][axis] > 0
+                     float(np.mean([value_of(point) for point in points])))
+                    for points in zip(*(curve for _, curve in own), strict=True) if points[0][axis] > 0
                 ]  # fmt: skip
         if sum(map(bool, series.values())) > 1:
             # Bytes of whole and of low-rank updates lie orders of magnitude apart.
-            drawing = lines(series, label, f"{model} headline", log_x=axis == "up")
-            drawings[f"{setting}, {model} model: headline by {label}"] = drawing
-    return figure(drawings, table.variants, columns=2) if drawings else ""
+            drawings[f"{setting}: {kind} by {label}"] = lines(series, label, kind, log_x=axis == "up")
+    return figure(drawings, table.variants, columns=len(axes)) if drawings else ""
+
+
+def _worst(cell: Cell, scores: Mapping[str, float]) -> float:
+    """The highest perplexity of a domain that clients have."""
+    return max(value for domain, value in scores.items() if domain not in cell.config.federation.forgetting)
+
+
+_DRAWN: Mapping[str, Callable[[Cell, Mapping[str, Any]], Any]] = {
+    "merged headline": lambda _, point: point["merged"],
+    "merged worst domain": lambda cell, point: _worst(cell, point["domains"]),
+    "sparse headline": lambda _, point: point["sparse"],
+}
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:

@@ -4,7 +4,8 @@
     [variants.NAME]           what is compared: keys that differ; `rates` = train.lr to try, or `rates_of` = a variant
     [settings.NAME]           under what: keys that differ for all variants alike
     [tables.NAME]             variants, settings, seeds, `tuned` (true), `compare` = [[ours, peer, axis, model], ...]
-    [tune]                    setting, seed and rounds in which every variant with rates finds its own
+    [tune]                    setting, seed and rounds in which every variant with rates finds its own, and `warmups`:
+                              train.warmup_steps that it then tries at the best of them, beside the configured one
 
 A variant, a setting and a seed are a cell: one run of the federation. What a cell is follows from its resolved
 configuration alone, paths aside, so that a record of it can be told from that of another.
@@ -112,12 +113,12 @@ class Suite:
             for comparison in table.compare:
                 if comparison.model == "sparse" and not subsets[comparison.ours]:
                     raise InputError(f"tables.{name}.compare: {comparison.ours!r} has no sparse model")
-            self.trials(table)
+            self.warmups({variant: next(iter(by_rate)) for variant, by_rate in self.trials(table).items()})
 
-    def cells(self, table: Table, rates: Mapping[str, float]) -> list[Cell]:
-        """All cells of a table; `rates`: train.lr of the variants that were tuned."""
+    def cells(self, table: Table, tuned: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+        """All cells of a table; `tuned`: keys of [train] of the variants that were tuned."""
         return [
-            self._cell(variant, setting, seed, rates.get(self.rates_of(variant)))
+            self._cell(variant, setting, seed, tuned.get(self.rates_of(variant), {}))
             for seed in table.seeds for setting in table.settings for variant in table.variants
         ]  # fmt: skip
 
@@ -135,17 +136,31 @@ class Suite:
                           or not all(isinstance(tune.get(name), int) for name in ("seed", "rounds"))):
                 raise InputError(f"variants.{variant} has rates, but the suite has no [tune] of one of its settings, a "
                                  "seed and rounds")  # fmt: skip
-            for rate in rates:
-                cell = self._cell(variant, tune["setting"], tune["seed"], rate)
-                config = cell.config
-                # Judged once, at the end, on text that no table is of.
-                evaluation = replace(config.evaluation, split="valid", every=tune["rounds"])
-                federation = replace(config.federation, rounds=tune["rounds"])
-                config = replace(config, federation=federation, evaluation=evaluation)
-                found.setdefault(variant, {})[rate] = replace(cell, setting="tune", config=config)
+            if rates:
+                found[variant] = {rate: self._trial(variant, {"lr": rate}) for rate in rates}
         return found
 
-    def _cell(self, variant: str, setting: str, seed: int, rate: float | None) -> Cell:
+    def warmups(self, rates: Mapping[str, float]) -> dict[str, dict[int, Cell]]:
+        """Variant -> warm-up steps -> the run that tries them, at the rates found: those of the configuration, which
+        is the run that tried the rate, and then `tune.warmups`."""
+        found: dict[str, dict[int, Cell]] = {}
+        for variant, rate in rates.items():
+            usual = self._trial(variant, {"lr": rate})
+            found[variant] = {usual.config.train.warmup_steps: usual}
+            for steps in (self._tune or {}).get("warmups", []):
+                found[variant].setdefault(steps, self._trial(variant, {"lr": rate, "warmup_steps": steps}))
+        return found
+
+    def _trial(self, variant: str, train: Mapping[str, Any]) -> Cell:
+        assert self._tune is not None, "`trials` has looked"
+        rounds = self._tune["rounds"]
+        cell = self._cell(variant, self._tune["setting"], self._tune["seed"], train)
+        # Judged once, at the end, on text that no table is of.
+        evaluation = replace(cell.config.evaluation, split="valid", every=rounds)
+        federation = replace(cell.config.federation, rounds=rounds)
+        return replace(cell, setting="tune", config=replace(cell.config, federation=federation, evaluation=evaluation))
+
+    def _cell(self, variant: str, setting: str, seed: int, train: Mapping[str, Any]) -> Cell:
         document: dict[str, Any] = {}
         own = {name: value for name, value in self.variants[variant].items() if name not in ("rates", "rates_of")}
         here = {} if self._data is None else {"data": self._data}
@@ -153,8 +168,7 @@ class Suite:
             merge(document, table, replace=True)
         if (folder := self._models / str(document.get("model"))).is_dir():
             document["model"] = str(folder)
-        if rate is not None:
-            merge(document, {"train": {"lr": rate}}, replace=True)
+        merge(document, {"train": dict(train)}, replace=True)
         try:
             config = configured(from_flat(dict(leaves(document))))
         except InputError as error:

@@ -165,6 +165,7 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("sam.top_k=1", ["sam.roots must be at most sam.top_k", "sam.roots = 2", "= 1"]),
     ("sam.roots=0", ["sam.roots must be >= 1", "got 0"]),
     ("federation.clients_per_round=9", ["federation.clients_per_round must be at most federation.clients"]),
+    ("federation.edit_every=0", ["federation.edit_every must be >= 1", "got 0"]),
     ("federation.edges=13", ["federation.edges must be at least", "= 14", "got 13"]),
     ("federation.floor=0.5", ["federation.floor = 0.5 asks for 7", "tiers.small.experts = 8 leaves 6"]),
     ("federation.sampling=stratum", ["federation.sampling must be one of without_replacement, poisson, stratified",

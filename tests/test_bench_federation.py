@@ -107,7 +107,11 @@ def test_central_training_is_the_same_cell_under_every_partition(tmp_path):
     ('"sam", "fedavg", "upload"', '"sam", "fedit", "upload"', "tables.main.compare must be of"),
     ("{{ explore = 0.0 }}", "{{ explore = 2.0 }}", "variants.twin under settings.one: federation.explore must be"),
     ("[settings.one]", "[settings.one]\nsead = 1\n[settings.two]", "unknown key 'sead'"),
-    ('setting = "one"', 'setting = "two"', r"no \[tune\] of one of its settings"),
+    ('setting = "one"', 'setting = "two"', "tune.setting must be one of one, got 'two'"),
+    ("rounds = 1", "warm_ups = [0]", "unknown key tune.warm_ups; did you mean 'warmups'"),
+    ("rounds = 1", "rounds = 1\nwarmups = 3", "tune must have a seed, rounds and, .* a list of steps"),
+    ("rounds = 1", "rounds = 1\nwarmups = [-1]", "variants.sam under settings.one: train.warmup_steps must be"),
+    ('[tune]\nsetting = "one"\nseed = 100\nrounds = 1\n', "", r"variants.sam has rates, but the suite has no \[tune\]"),
     ('["sam", "fedavg", "upload", "merged"]', '["fedavg", "sam", "upload", "sparse"]', "'fedavg' has no sparse model"),
     ("compare =", "compared =", "unknown key tables.main.compared; did you mean 'compare'"),
 ])  # fmt: skip
@@ -150,6 +154,55 @@ def test_lines_that_are_no_cells_are_refused(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(InputError, match="line 1 is not a cell"):
         read_results(path)
+
+
+def test_rates_and_then_warm_ups_are_tuned_and_what_they_come_to_is_compared(tmp_path, capsys):
+    """On records that are there already."""
+    text = SUITE.replace("seed = 100", "seed = 100\nwarmups = [0, 4]").replace("seeds = [0, 1]", "seeds = [0]")
+    path = write(tmp_path, text.replace("federation = {{ rounds = 2 }}", 'federation = {{ forgetting = ["far"] }}'))
+    suite = Suite(path)
+    table, results = suite.tables["main"], tmp_path / "results.jsonl"
+    trials = suite.trials(table)["sam"]
+    warmups = suite.warmups({"sam": 0.2})["sam"]
+    cells = suite.cells(table, {"sam": {"lr": 0.2, "warmup_steps": 4}})
+    assert cells[0].config.train.lr == 0.2 and cells[0].config.train.warmup_steps == 4
+    ends = {trials[0.1].digest: 6.0, trials[0.2].digest: 5.0, warmups[0].digest: 5.5, warmups[4].digest: 4.0}
+    ends |= {cell.digest: 10.0 + position for position, cell in enumerate(cells)}
+
+    def record(digest, end):
+        domains = {"near": end - 1, "nearer": end + 1, "far": 99.0}
+        curve = [{"round": 1, "up": 1, "down": 1, "flops": 1.0, "merged": end, "sparse": None, "domains": domains}]
+        return {"digest": digest, "lr": 0.2, "seconds": 1.0, "data": "d", "curve": curve, "after": domains,
+                "sparse_after": None, "forgetting": 99.0}  # fmt: skip
+
+    def table_of(*left_out):
+        kept = [record(digest, end) for digest, end in ends.items() if digest not in left_out]
+        results.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        arguments = ["bench", "federation", "--config", str(path), "--results", str(results), "--minutes", "0"]
+        assert main([*arguments, "--runs", str(tmp_path / "runs"), "--json"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    found = table_of()
+    assert found["tuned"] == {"sam": {"lr": 0.2, "warmup_steps": 4}}
+    assert found["missing"] == 0 and found["diverged"] == []
+    assert [(row["variant"], row["merged"], row["worst"]) for row in found["rows"]] == [
+        ("sam", 10.0, 11.0), ("twin", 11.0, 12.0), ("fedavg", 12.0, 13.0)
+    ]  # fmt: skip
+    assert found["ratios"] == {"sam / fedavg at equal upload, merged: one": pytest.approx(10 / 12)}
+    # Nobody runs a table with a rate or a warm-up that is not the best of all.
+    for trial in (trials[0.1], warmups[0]):
+        found = table_of(trial.digest)
+        assert found["tuned"] == {} and [row["variant"] for row in found["rows"]] == ["fedavg"]
+        assert found["missing"] == 2
+    # A trial that diverged is an outcome: another one wins.
+    results.write_text(results.read_text() + json.dumps({"digest": warmups[0].digest, "diverged": True}) + "\n")
+    assert main(["bench", "federation", "--config", str(path), "--results", str(results), "--minutes", "0", "--runs",
+                 str(tmp_path / "runs"), "--json"]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tuned"] == {"sam": {"lr": 0.2, "warmup_steps": 4}}
+    results.write_text("".join(json.dumps({"digest": digest, "diverged": True}) + "\n" for digest in ends))
+    assert main(["bench", "federation", "--config", str(path), "--results", str(results), "--minutes", "0", "--runs",
+                 str(tmp_path / "runs")]) == 2  # fmt: skip
+    assert "all that ran diverged: " in capsys.readouterr().err
 
 
 @pytest.mark.distributed

@@ -7,18 +7,21 @@ import math
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from sam_ds.bench.zero_shot import _perplexity
 from sam_ds.cli import main
 from sam_ds.data.corpus import load_corpus
+from sam_ds.evaluation.reading import token_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
+from sam_ds.experts.personal import personal_graph
 from sam_ds.federation.setup import prepare_base
 
 
 @pytest.fixture
 def left_behind(tmp_path):
     """A converted model with an assembler, as a federation leaves it behind."""
-    from transformers import AutoTokenizer
 
     def save(base, spread=1):
         model = from_pretrained(base, dtype=torch.float32)
@@ -40,7 +43,7 @@ def folder(tiny, left_behind):
     return left_behind(tiny.base)
 
 
-def test_a_zero_shot_graph_is_judged_beside_other_and_trained_ones(tiny, folder, left_behind, capsys):
+def test_a_zero_shot_graph_is_judged_beside_other_and_trained_ones(tiny, folder, left_behind, capsys, monkeypatch):
     arguments = ["--data", str(tiny.corpus), "--domain", "ships", "--edges", "6", "--active", "4", "--tokens", "128",
                  "--test-tokens", "256", "--rounds", "2", "--json"]  # fmt: skip
     assert main(["bench", "zero_shot", "--model", str(folder), *arguments, "--steps", "40", "--lr", "3e-2"]) == 0
@@ -56,10 +59,22 @@ def test_a_zero_shot_graph_is_judged_beside_other_and_trained_ones(tiny, folder,
     assert rows["the server's"] != rows["zero-shot"]
     # Without a step the trained graph is the zero-shot one.
     folder = left_behind(tiny.base, spread=30)
+    judged = []
+
+    def perplexity(model, test_BS, graph_LEE, condition):
+        judged.append(graph_LEE)
+        return _perplexity(model, test_BS, graph_LEE, condition)
+
+    monkeypatch.setattr("sam_ds.bench.zero_shot._perplexity", perplexity)
     assert main(["bench", "zero_shot", "--model", str(folder), *arguments, "--steps", "1", "--lr", "1e-12"]) == 0
     rows = {row["graph"]: row["perplexity"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
     assert rows["trained"] == rows["zero-shot"] != rows["random 0"]
-    assert len({rows["of gardens"], rows["of numbers"], rows["zero-shot"]}) > 1
+    graphs, model = dict(zip(rows, judged, strict=True)), from_pretrained(folder, dtype=torch.float32)
+    texts, tokenizer = load_corpus(tiny.corpus, public_every=0).domains, AutoTokenizer.from_pretrained(folder)
+    for row, domain in (("of gardens", "gardens"), ("of numbers", "numbers"), ("zero-shot", "ships")):
+        ids_BS = token_rows({domain: texts[domain].train}, tokenizer, window=window_of(model), tokens=128)
+        assert torch.equal(graphs[row], personal_graph(model, ids_BS, edges=6).graph_LEE)
+    assert any(not torch.equal(graphs["zero-shot"], graphs[row]) for row in ("of gardens", "of numbers"))
 
 
 def test_with_messages_graph_and_gains_are_told_apart(tiny, left_behind, tmp_path, capsys):

@@ -122,17 +122,19 @@ def test_what_is_saved_may_be_given_by_place(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("edge", "value", "message"),
+    ("edge", "value", "kind", "message"),
     [
-        ((5, 3), True, "the graph holds the edge 5 -> 3"),
-        ((slice(None), 6), False, r"experts \[6\] cannot be reached from the 1 root"),
+        ((5, 3), True, torch.bool, "the graph holds the edge 5 -> 3"),
+        ((slice(None), 6), False, torch.bool, r"experts \[6\] cannot be reached from the 1 root"),
+        ((0, 1), True, torch.bfloat16, "a graph is bool, this is torch.bfloat16"),
     ],
 )
-def test_a_file_with_a_cyclic_or_unreachable_graph_is_refused(model, tmp_path, edge, value, message):
+def test_a_file_with_a_cyclic_or_unreachable_graph_is_refused(model, tmp_path, edge, value, kind, message):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / TENSOR_FILE)
     name = next(name for name in tensors if "layers.1." in name and name.endswith("adjacency_SS"))
     tensors[name][edge] = value
+    tensors[name] = tensors[name].to(kind)
     save_file(tensors, tmp_path / TENSOR_FILE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for load in (from_pretrained, lambda folder: restore_sam(model, folder)):

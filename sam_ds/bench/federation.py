@@ -1,8 +1,8 @@
 """Federated methods side by side: the same model, clients, local steps and accounts of bytes and FLOPs.
 
-The suite says which (`bench/suite.py`). Every variant first finds its own learning rate and then its warm-up, on
-validation text and a seed that no table has; then every cell of the table runs. Cells that `--results` has are not run
-again, and one that was stopped goes on from its last round.
+The suite says which (`bench/suite.py`). Every variant first finds its own learning rate, and then its warm-up where
+the suite has some to try, on validation text and a seed that no table has; then every cell of the table runs. Cells
+that `--results` has are not run again, and one that was stopped goes on from its last round.
 
 At equal upload, traffic (up and down) or FLOPs a peer is read at the first of its evaluated rounds that has spent at
 least as much as ours has at the end, or ours, where it has spent more than the peer's whole run, on the line between
@@ -103,9 +103,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     trials = suite.trials(table)
     rates = best_of(trials)
+    warmups = suite.warmups(rates)
     tuned = {
-        variant: {"lr": rates[variant], "warmup_steps": steps}
-        for variant, steps in best_of(suite.warmups(rates)).items()
+        # What was not tried is the configuration's, of the setting or of a variant that takes another's rate too.
+        variant: {"lr": rates[variant]} | ({"warmup_steps": steps} if len(warmups[variant]) > 1 else {})
+        for variant, steps in best_of(warmups).items()
     }
     cells = [
         cell for cell in suite.cells(table, tuned)
@@ -113,8 +115,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     records = run_all(cells)
     done = [(cell, records[cell.digest]) for cell in cells if records.get(cell.digest, {}).get("curve")]
+    diverged = [cell.name for cell in cells if records.get(cell.digest, {}).get("diverged")]
     if not done:
-        raise InputError("\n".join(["no cell is finished yet: give it more --minutes", *failed]))
+        why = f"all that ran diverged: {', '.join(diverged)}" if diverged else "give it more --minutes"
+        raise InputError("\n".join([f"no cell is finished: {why}", *failed]))
     texts = {(cell.setting, record["data"]) for cell, record in done if cell.config.method != "central"}
     if len({setting for setting, _ in texts}) < len(texts):
         raise InputError(f"{results} has records of different texts under one setting: {sorted(texts)}; give another "
@@ -124,8 +128,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         results.with_name(f"{results.stem}-{options.table}.svg").write_text(plots, encoding="utf-8")
     return {
         "rows": _rows(table, done), "ratios": {pair["name"]: pair["ratio"] for pair in pairs}, "pairs": pairs,
-        "tuned": tuned, "missing": len(suite.cells(table, tuned)) - len(done),
-        "failed": failed,
+        "tuned": tuned, "missing": len(suite.cells(table, tuned)) - len(done) - len(diverged),
+        "diverged": diverged, "failed": failed,
     }  # fmt: skip
 
 
@@ -160,7 +164,8 @@ def _measure(cell: Cell, runs: Path, results: Path, deadline: float) -> None:
             ).returncode
         record = {
             "digest": cell.digest, "variant": cell.variant, "setting": cell.setting, "seed": cell.config.seed,
-            "lr": cell.config.train.lr, "seconds": time.perf_counter() - began,
+            "lr": cell.config.train.lr, "warmup_steps": cell.config.train.warmup_steps,
+            "seconds": time.perf_counter() - began,
         }  # fmt: skip
         if code == 0:
             record |= facts(read(folder / "metrics.jsonl"))

@@ -2,6 +2,7 @@
 
     [base]                    a run's configuration, sam_ds/config.py
     [variants.NAME]           what is compared: keys that differ; `rates` = train.lr to try, or `rates_of` = a variant
+                              whose rate and warm-up it takes
     [settings.NAME]           under what: keys that differ for all variants alike
     [tables.NAME]             variants, settings, seeds, `tuned` (true), `compare` = [[ours, peer, axis, model], ...]
     [tune]                    setting, seed and rounds in which every variant with rates finds its own, and `warmups`:
@@ -57,6 +58,16 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tune:
+    """How variants find their rates and warm-ups."""
+
+    setting: str
+    seed: int
+    rounds: int
+    warmups: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run."""
 
@@ -106,7 +117,7 @@ class Suite:
         self.variants: dict[str, dict[str, Any]] = document["variants"]
         self.settings: dict[str, dict[str, Any]] = document["settings"]
         self.tables = {name: self._table(name, table) for name, table in document["tables"].items()}
-        self._tune = document.get("tune")
+        self._tune = self._tuning(document["tune"]) if "tune" in document else None
         # What contradicts is found before anything runs.
         for name, table in self.tables.items():
             subsets = {cell.variant: cell.config.subsets for cell in self.cells(table, {})}
@@ -123,7 +134,7 @@ class Suite:
         ]  # fmt: skip
 
     def rates_of(self, variant: str) -> str:
-        """The variant whose learning rate this one takes: its own, where `rates_of` does not say another."""
+        """The variant whose learning rate and warm-up this one takes: itself, where `rates_of` does not say another."""
         return str(self.variants[variant].get("rates_of", variant))
 
     def trials(self, table: Table) -> dict[str, dict[float, Cell]]:
@@ -131,11 +142,8 @@ class Suite:
         found: dict[str, dict[float, Cell]] = {}
         for variant in dict.fromkeys(self.rates_of(variant) for variant in table.variants if table.tuned):
             rates = self.variants[variant].get("rates", [])
-            tune = self._tune or {}
-            if rates and (tune.get("setting") not in self.settings
-                          or not all(isinstance(tune.get(name), int) for name in ("seed", "rounds"))):
-                raise InputError(f"variants.{variant} has rates, but the suite has no [tune] of one of its settings, a "
-                                 "seed and rounds")  # fmt: skip
+            if rates and self._tune is None:
+                raise InputError(f"variants.{variant} has rates, but the suite has no [tune]")
             if rates:
                 found[variant] = {rate: self._trial(variant, {"lr": rate}) for rate in rates}
         return found
@@ -147,14 +155,15 @@ class Suite:
         for variant, rate in rates.items():
             usual = self._trial(variant, {"lr": rate})
             found[variant] = {usual.config.train.warmup_steps: usual}
-            for steps in (self._tune or {}).get("warmups", []):
+            assert self._tune is not None, "`trials` has looked"
+            for steps in self._tune.warmups:
                 found[variant].setdefault(steps, self._trial(variant, {"lr": rate, "warmup_steps": steps}))
         return found
 
     def _trial(self, variant: str, train: Mapping[str, Any]) -> Cell:
         assert self._tune is not None, "`trials` has looked"
-        rounds = self._tune["rounds"]
-        cell = self._cell(variant, self._tune["setting"], self._tune["seed"], train)
+        rounds = self._tune.rounds
+        cell = self._cell(variant, self._tune.setting, self._tune.seed, train)
         # Judged once, at the end, on text that no table is of.
         evaluation = replace(cell.config.evaluation, split="valid", every=rounds)
         federation = replace(cell.config.federation, rounds=rounds)
@@ -174,6 +183,19 @@ class Suite:
         except InputError as error:
             raise InputError(f"variants.{variant} under settings.{setting}: {error}") from error
         return Cell(variant=variant, setting=setting, config=config)
+
+    def _tuning(self, table: dict[str, Any]) -> Tune:
+        known = ("setting", "seed", "rounds", "warmups")
+        for key in table:
+            if key not in known:
+                raise InputError(f"unknown key tune.{key}{nearest(key, known)}")
+        if (setting := table.get("setting")) not in self.settings:
+            raise InputError(f"tune.setting must be one of {', '.join(self.settings)}, got {setting!r}")
+        seed, rounds, warmups = table.get("seed"), table.get("rounds"), table.get("warmups", [])
+        if not isinstance(seed, int) or not isinstance(rounds, int) or not isinstance(warmups, list):
+            raise InputError("tune must have a seed, rounds and, where warm-ups are tried, a list of steps, "
+                             f"got {table!r}")  # fmt: skip
+        return Tune(setting=str(setting), seed=seed, rounds=rounds, warmups=tuple(warmups))
 
     def _table(self, name: str, table: dict[str, Any]) -> Table:
         known = ("variants", "settings", "seeds", "tuned", "compare")

@@ -1,13 +1,13 @@
 """A graph for a domain that no client held: random, by the assembler from unlabelled text alone, or trained on it.
 
-The model is one that a federation without that domain left behind (`RUN/model`). All graphs, but for that of all edges
-and the server's, have the same edges a layer, or all that the server's has, and all route with the same budget; only
-the assembler is trained, on the domain's train text, its graph drawn anew and explored at every step. What zero-shot
-recovers is its share of the way from the random graphs to the trained one, in nats a token.
+The model is one that a federation without that domain left behind (`RUN/model`). Random graphs have `--edges` a layer,
+the assembler's as many of the server's, or all where it has fewer; all route with the same budget. Only the assembler
+is trained, on the domain's train text, its graph drawn anew and explored at every step. What zero-shot recovers is its
+share of the way from the random graphs to the trained one, in nats a token.
 
-Whether the text has a part in that, other graphs tell: the server's, and those that the assembler makes of the other
-domains' texts. Where experts send messages the assembler writes gains too: rows tell what the graph alone recovers,
-over the gains that all share, and what the gains alone do, over the random graphs.
+Where experts send messages the assembler writes gains too: rows tell what the graph alone recovers, over the gains that
+all share, and what the gains alone do, over the random graphs. Whether the text has a part in what the graph does,
+other graphs over the shared gains tell: the server's, and those that the assembler makes of the other domains' texts.
 """
 
 from __future__ import annotations

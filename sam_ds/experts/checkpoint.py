@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import CONFIG_NAME, cached_file
@@ -84,6 +85,8 @@ def _fill(model: SamMixin, tensor_file: Path) -> None:
         own = {name: tensors.get_tensor(name) for name in tensors.keys()}
     for name, mask_SS in own.items():
         if name.endswith(".adjacency_SS"):
+            if mask_SS.dtype != torch.bool:
+                raise InputError(f"{tensor_file}, {name}: a graph is bool, this is {mask_SS.dtype}")
             try:
                 check_graph(mask_SS.numpy(), model.sam_config.roots)
             except InputError as error:

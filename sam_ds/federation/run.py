@@ -157,6 +157,6 @@ def bounds(server: Server) -> dict[str, Any] | None:
         "corrected": corrected_bound(len(losses) - 1, **common, lip=1.0),
         "measured": losses[-1] - fit.floor,
         "note": f"estimates, nats a token: rate {fit.rate:.3g} a round, floor {fit.floor:.4f} and noise fitted to the "
-        f"validation loss of {len(losses)} rounds; gamma {server.state.gamma:.3g} is the largest change that an edit "
-        "made, to the loss of domains over their own graphs",
+        f"validation loss of {len(losses)} rounds; gamma {server.state.gamma:.3g} is the largest change by an edit, "
+        "kept or rolled back, of the loss of domains over their own graphs",
     }

@@ -267,14 +267,15 @@ class SamStrategy(Strategy):
 
     def _log_client(self, round_: int, client: ClientPlan, *, status: str, **facts: Any) -> None:
         zero = ByteCount(raw=0, encoded=0, message=0)
-        assert self._planned is not None
-        graph_LEE = self._planned.graphs[client.client]
+        if self.server.method.assembles:
+            assert self._planned is not None
+            # It follows from an assembler that is not kept: `editlog.unpack_edges` within `every_edge`.
+            graph_LEE = self._planned.graphs[client.client]
+            facts["graph"] = pack_edges(graph_LEE, every_edge(*graph_LEE.shape[:2])).tobytes().hex()
         self.log.write(
             {
                 "kind": "client", "round": round_, "client": client.client, "tier": client.tier, "status": status,
                 "bytes_up": asdict(zero), "bytes_down": asdict(self._down.get(client.client, zero)),
-                # What was explored cannot be had again: `editlog.unpack_edges` within `every_edge`.
-                "graph": pack_edges(graph_LEE, every_edge(*graph_LEE.shape[:2])).tobytes().hex(),
             } | facts
         )  # fmt: skip
 

@@ -205,6 +205,30 @@ def test_rates_and_then_warm_ups_are_tuned_and_what_they_come_to_is_compared(tmp
     assert "all that ran diverged: " in capsys.readouterr().err
 
 
+def test_of_sparse_models_too_the_headline_and_the_worst_domain_are_drawn(tmp_path):
+    """On records that are there already, of which an older one does not have the sparse model's domains."""
+    text = SUITE.replace("rates = [0.1, 0.2]\n", "").replace("seeds = [0, 1]", "seeds = [0]")
+    path, results = write(tmp_path, text), tmp_path / "results.jsonl"
+    suite = Suite(path)
+    domains = {"near": 4.0, "far": 6.0}
+    point = {"round": 1, "up": 1, "down": 1, "flops": 1.0, "merged": 5.0, "sparse": 5.5, "domains": domains}
+
+    def plots(*points):
+        sparse = [cell for cell in suite.cells(suite.tables["main"], {}) if cell.variant != "fedavg"]
+        results.write_text("".join(
+            json.dumps({"digest": cell.digest, "lr": 0.2, "seconds": 1.0, "data": "d", "curve": [last],
+                        "after": domains, "sparse_after": domains, "forgetting": None}) + "\n"
+            for cell, last in zip(sparse, points, strict=True)
+        ))  # fmt: skip
+        arguments = ["bench", "federation", "--config", str(path), "--results", str(results), "--minutes", "0"]
+        assert main([*arguments, "--runs", str(tmp_path / "runs")]) == 0
+        return results.with_name("results-main.svg").read_text().count("<svg") - 1
+
+    new = point | {"sparse_domains": domains}
+    assert plots(new, new) == 4 * 3
+    assert plots(new, point) == 3 * 3
+
+
 @pytest.mark.distributed
 def test_a_cell_that_fails_or_runs_elsewhere_does_not_stop_the_others(tiny, tmp_path, capsys, monkeypatch):
     """The runs are stood in for: one fails, one diverges, one is locked by another process."""
@@ -296,6 +320,9 @@ def test_cells_run_once_and_are_compared(tiny, tmp_path, capsys):
     assert ratio == pytest.approx(sam["merged"] / fedavg["merged"]) and result["missing"] == 0
     lines = (tmp_path / "benchmarks" / "suite.jsonl").read_text()
     assert str(tmp_path) not in lines and len(lines.splitlines()) == 2
+    for record in map(json.loads, lines.splitlines()):
+        last = record["curve"][-1]["sparse_domains"]
+        assert last == record["sparse_after"] and (last is None) == (record["variant"] == "fedavg")
     plots = (tmp_path / "benchmarks" / "suite-main.svg").read_text()
     # The figure and three axes for headline and worst domain of the merged models; of sparse ones there is but one.
     assert plots.count("<svg") == 1 + 2 * 3 and "sam</text>" in plots and "fedavg</text>" in plots

@@ -203,7 +203,10 @@ def facts(records: Records) -> dict[str, Any]:
         spent["flops"] += flops[record["round"]]
         if record["merged"] is not None:
             scores = {name: record[name] and record[name]["headline"] for name in ("merged", "sparse")}
-            curve.append({"round": record["round"], **spent, **scores, "domains": record["merged"]["domains"]})
+            curve.append({
+                "round": record["round"], **spent, **scores, "domains": record["merged"]["domains"],
+                "sparse_domains": record["sparse"] and record["sparse"]["domains"],
+            })  # fmt: skip
     last = records.end["merged_after"]
     return {
         "model": Path(records.run["model"]["name"]).name, "data": records.run["data"]["fingerprint"],
@@ -304,8 +307,8 @@ def _plots(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
         series: dict[str, list[tuple[float, float]]] = {variant: [] for variant in table.variants}
         for variant in table.variants:
             own = [(c, r["curve"]) for c, r in done if (c.variant, c.setting) == (variant, setting)]
-            value_of = partial(_DRAWN[kind], own[0][0]) if own else None
-            if value_of is not None and value_of(own[0][1][-1]) is not None:
+            if own and all(_DRAWN[kind](cell, curve[-1]) is not None for cell, curve in own):
+                value_of = partial(_DRAWN[kind], own[0][0])
                 series[variant] = [
                     (float(np.mean([point[axis] for point in points])) / unit,
                      float(np.mean([value_of(point) for point in points])))
@@ -326,6 +329,8 @@ _DRAWN: Mapping[str, Callable[[Cell, Mapping[str, Any]], Any]] = {
     "merged headline": lambda _, point: point["merged"],
     "merged worst domain": lambda cell, point: _worst(cell, point["domains"]),
     "sparse headline": lambda _, point: point["sparse"],
+    # Of what older records do not have there is no curve.
+    "sparse worst domain": lambda cell, point: (domains := point.get("sparse_domains")) and _worst(cell, domains),
 }
 
 

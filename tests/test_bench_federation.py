@@ -110,6 +110,7 @@ def test_central_training_is_the_same_cell_under_every_partition(tmp_path):
     ('setting = "one"', 'setting = "two"', "tune.setting must be one of one, got 'two'"),
     ("rounds = 1", "warm_ups = [0]", "unknown key tune.warm_ups; did you mean 'warmups'"),
     ("rounds = 1", "rounds = 1\nwarmups = 3", "tune must have a seed, rounds and, .* a list of steps"),
+    ("rounds = 1", "rounds = 1\nmargin = 1", "tune.margin must be a share, at least 0 and less than 1, got 1"),
     ("rounds = 1", "rounds = 1\nwarmups = [-1]", "variants.sam under settings.one: train.warmup_steps must be"),
     ('[tune]\nsetting = "one"\nseed = 100\nrounds = 1\n', "", r"variants.sam has rates, but the suite has no \[tune\]"),
     ('["sam", "fedavg", "upload", "merged"]', '["fedavg", "sam", "upload", "sparse"]', "'fedavg' has no sparse model"),
@@ -189,6 +190,12 @@ def test_rates_and_then_warm_ups_are_tuned_and_what_they_come_to_is_compared(tmp
         ("sam", 10.0, 11.0), ("twin", 11.0, 12.0), ("fedavg", 12.0, 13.0)
     ]  # fmt: skip
     assert found["ratios"] == {"sam / fedavg at equal upload, merged: one": pytest.approx(10 / 12)}
+    # A warm-up that is a fifth better, where it must be a quarter, or must be less.
+    for margin, steps in ((0.25, 3), (0.15, 4)):
+        path.write_text(path.read_text().replace("seed = 100", f"seed = 100\nmargin = {margin}"))
+        found = table_of()
+        assert found["tuned"] == {"sam": {"lr": 0.2, "warmup_steps": steps}}
+        path.write_text(path.read_text().replace(f"margin = {margin}\n", ""))
     # Nobody runs a table with a rate or a warm-up that is not the best of all.
     for trial in (trials[0.1], warmups[0]):
         found = table_of(trial.digest)

@@ -93,13 +93,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             list(pool.map(measure, left))
         return read_results(results)
 
-    def best_of(trials: Mapping[str, Mapping[T, Cell]]) -> dict[str, T]:
-        """Variant -> what ends lowest, of the variants whose trials have all run; the first of equals."""
+    def best_of(trials: Mapping[str, Mapping[T, Cell]], margin: float = 0.0) -> dict[str, T]:
+        """Variant -> what ends lowest, of the variants whose trials have all run; the first, where no other ends lower
+        by more than that share of it."""
         records = run_all([cell for tried in trials.values() for cell in tried.values()])
-        return {
-            variant: min(tried, key=lambda value: _end(records[tried[value].digest]))
-            for variant, tried in trials.items() if all(cell.digest in records for cell in tried.values())
-        }  # fmt: skip
+        found = {}
+        for variant, tried in trials.items():
+            if all(cell.digest in records for cell in tried.values()):
+                ends = {value: _end(records[cell.digest]) for value, cell in tried.items()}
+                first, lowest = next(iter(ends)), min(ends, key=ends.__getitem__)
+                found[variant] = lowest if ends[lowest] < (1 - margin) * ends[first] else first
+        return found
 
     trials = suite.trials(table)
     rates = best_of(trials)
@@ -107,7 +111,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     tuned = {
         # What was not tried is the configuration's, of the setting or of a variant that takes another's rate too.
         variant: {"lr": rates[variant]} | ({"warmup_steps": steps} if len(warmups[variant]) > 1 else {})
-        for variant, steps in best_of(warmups).items()
+        for variant, steps in best_of(warmups, suite.margin).items()
     }
     cells = [
         cell for cell in suite.cells(table, tuned)

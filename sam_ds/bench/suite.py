@@ -6,7 +6,8 @@
     [settings.NAME]           under what: keys that differ for all variants alike
     [tables.NAME]             variants, settings, seeds, `tuned` (true), `compare` = [[ours, peer, axis, model], ...]
     [tune]                    setting, seed and rounds in which every variant with rates finds its own, and `warmups`:
-                              train.warmup_steps that it then tries at the best of them, beside the configured one
+                              train.warmup_steps that it then tries at the best of them, beside the configured one,
+                              whose place the best takes where it ends lower by more than a share of `margin` (0)
 
 A variant, a setting and a seed are a cell: one run of the federation. What a cell is follows from its resolved
 configuration alone, paths aside, so that a record of it can be told from that of another.
@@ -65,6 +66,8 @@ class Tune:
     seed: int
     rounds: int
     warmups: tuple[int, ...]
+    margin: float
+    """How much lower than the configured one, as a share, a warm-up must end to be taken: seeds differ too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,7 @@ class Suite:
         self.settings: dict[str, dict[str, Any]] = document["settings"]
         self.tables = {name: self._table(name, table) for name, table in document["tables"].items()}
         self._tune = self._tuning(document["tune"]) if "tune" in document else None
+        self.margin = 0.0 if self._tune is None else self._tune.margin
         # What contradicts is found before anything runs.
         for name, table in self.tables.items():
             subsets = {cell.variant: cell.config.subsets for cell in self.cells(table, {})}
@@ -185,7 +189,7 @@ class Suite:
         return Cell(variant=variant, setting=setting, config=config)
 
     def _tuning(self, table: dict[str, Any]) -> Tune:
-        known = ("setting", "seed", "rounds", "warmups")
+        known = ("setting", "seed", "rounds", "warmups", "margin")
         for key in table:
             if key not in known:
                 raise InputError(f"unknown key tune.{key}{nearest(key, known)}")
@@ -195,7 +199,9 @@ class Suite:
         if not isinstance(seed, int) or not isinstance(rounds, int) or not isinstance(warmups, list):
             raise InputError("tune must have a seed, rounds and, where warm-ups are tried, a list of steps, "
                              f"got {table!r}")  # fmt: skip
-        return Tune(setting=str(setting), seed=seed, rounds=rounds, warmups=tuple(warmups))
+        if not isinstance(margin := table.get("margin", 0.0), (int, float)) or not 0 <= margin < 1:
+            raise InputError(f"tune.margin must be a share, at least 0 and less than 1, got {margin!r}")
+        return Tune(setting=str(setting), seed=seed, rounds=rounds, warmups=tuple(warmups), margin=margin)
 
     def _table(self, name: str, table: dict[str, Any]) -> Table:
         known = ("variants", "settings", "seeds", "tuned", "compare")

@@ -185,7 +185,7 @@ sys.exit(launch.main(sys.argv[1:]))
 def test_a_rank_that_hangs_ends_with_the_run(tiny, tmp_path):
     command, environment = ranks.one_rank(arguments(tiny, tmp_path / "run", "federation.timeout_seconds=1",
                                               "federation.void_retries=0"))  # fmt: skip
-    command[2] = HANGS
+    command[1:3] = ["-c", HANGS]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1 and "run_federation: round 1 had no valid answer in 1 attempts" in process.stderr
     assert "in <lambda>" in process.stderr and (tmp_path / "run" / "checkpoints" / "round-00000.safetensors").exists()

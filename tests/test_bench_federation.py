@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from in_process import SETTINGS
 
-from sam_ds.bench.federation import equal_points
+from sam_ds.bench.side_by_side import equal_points
 from sam_ds.bench.suite import Suite, read_results
 from sam_ds.cli import main
 from sam_ds.errors import InputError

@@ -2,49 +2,34 @@
 
 The suite says which (`bench/suite.py`). Every variant first finds its own learning rate, and then its warm-up where
 the suite has some to try, on validation text and a seed that no table has; then every cell of the table runs. Cells
-that `--results` has are not run again, and one that was stopped goes on from its last round.
-
-At equal upload, traffic (up and down) or FLOPs a peer is read at the first of its evaluated rounds that has spent at
-least as much as ours has at the end, or ours, where it has spent more than the peer's whole run, on the line between
-its evaluated rounds around that: a curve that falls ever more slowly is below it, so the rounding is never in our
-favour.
+that `--results` has are not run again, and one that was stopped goes on from its last round. How they are compared:
+`bench/side_by_side.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from sam_ds.bench.ranks import one_rank
-from sam_ds.bench.suite import MODELS, Cell, Comparison, Suite, Table, read_results
+from sam_ds.bench.side_by_side import compared, drawn, end_of, rows_of
+from sam_ds.bench.suite import Cell, Suite, read_results
 from sam_ds.config import to_toml
 from sam_ds.errors import InputError, nearest
-from sam_ds.evaluation.figure import figure
 from sam_ds.evaluation.records import Records, read
-from sam_ds.evaluation.svg import lines
 from sam_ds.federation.metrics import read_records
 
 T = TypeVar("T")
-Curve = Sequence[Mapping[str, Any]]
-_SPENT: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "upload": lambda point: float(point["up"]),
-    "traffic": lambda point: float(point["up"] + point["down"]),
-    "flops": lambda point: float(point["flops"]),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = {}
         for variant, tried in trials.items():
             if all(cell.digest in records for cell in tried.values()):
-                ends = {value: _end(records[cell.digest]) for value, cell in tried.items()}
+                ends = {value: end_of(records[cell.digest]) for value, cell in tried.items()}
                 first, lowest = next(iter(ends)), min(ends, key=ends.__getitem__)
                 found[variant] = lowest if ends[lowest] < (1 - margin) * ends[first] else first
         return found
@@ -127,11 +112,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if len({setting for setting, _ in texts}) < len(texts):
         raise InputError(f"{results} has records of different texts under one setting: {sorted(texts)}; give another "
                          "file")  # fmt: skip
-    pairs = [pair for comparison in table.compare for pair in _compared(comparison, done)]
-    if plots := _plots(table, done):
+    pairs = [pair for comparison in table.compare for pair in compared(comparison, done)]
+    if plots := drawn(table, done):
         results.with_name(f"{results.stem}-{options.table}.svg").write_text(plots, encoding="utf-8")
     return {
-        "rows": _rows(table, done), "ratios": {pair["name"]: pair["ratio"] for pair in pairs}, "pairs": pairs,
+        "rows": rows_of(table, done), "ratios": {pair["name"]: pair["ratio"] for pair in pairs}, "pairs": pairs,
         "tuned": tuned, "missing": len(suite.cells(table, tuned)) - len(done) - len(diverged),
         "diverged": diverged, "failed": failed,
     }  # fmt: skip
@@ -218,126 +203,3 @@ def facts(records: Records) -> dict[str, Any]:
         "sparse_after": records.end["sparse_after"] and records.end["sparse_after"]["domains"],
         "forgetting": last["forgetting"], "forgotten": records.end["merged_before"]["forgetting"],
     }  # fmt: skip
-
-
-def _rows(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
-    rows = []
-    for setting in table.settings:
-        for variant in table.variants:
-            own = [(c, r) for c, r in done if (c.variant, c.setting) == (variant, setting)]
-            if not own:
-                continue
-            last = [record["curve"][-1] for _, record in own]
-            rows.append({
-                "setting": setting, "variant": variant, "seeds": len(own),
-                "merged": float(np.mean([point["merged"] for point in last])),
-                "sd": float(np.std([point["merged"] for point in last], ddof=1)) if len(own) > 1 else 0.0,
-                "worst": float(np.mean([_worst(cell, record["after"]) for cell, record in own])),
-                "sparse": _mean_of([point["sparse"] for point in last]),
-                "sparse_worst": _mean_of([
-                    record["sparse_after"] and _worst(cell, record["sparse_after"]) for cell, record in own
-                ]),
-                "forgetting": _mean_of([record["forgetting"] for _, record in own]),
-                "MB_up": float(np.mean([point["up"] for point in last])) / 1e6,
-                "MB_down": float(np.mean([point["down"] for point in last])) / 1e6,
-                "TFLOPs": float(np.mean([point["flops"] for point in last])) / 1e12,
-                "lr": own[0][1]["lr"], "minutes": float(np.mean([record["seconds"] for _, record in own])) / 60,
-            })  # fmt: skip
-    return rows
-
-
-def _compared(comparison: Comparison, done: Sequence[tuple[Cell, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One for every setting that both have cells of: mean ratio over the seeds, and whether the sign is the seeds'."""
-    by = {(cell.setting, cell.config.seed, cell.variant): record["curve"] for cell, record in done}
-    found = []
-    for setting in dict.fromkeys(setting for setting, _, _ in by):
-        ratios = []
-        for seed in sorted({seed for own, seed, _ in by if own == setting}):
-            ours, peer = (by.get((setting, seed, name)) for name in (comparison.ours, comparison.peer))
-            if ours is not None and peer is not None:
-                mine, yours = equal_points(ours, peer, comparison.axis)
-                theirs = best(yours) if comparison.model == "merged" else yours["sparse"] or yours["merged"]
-                ratios.append(mine[comparison.model] / theirs)
-        if ratios:
-            error = float(np.std(ratios, ddof=1) / len(ratios) ** 0.5) if len(ratios) > 1 else None
-            found.append({
-                "name": f"{comparison.name}: {setting}", "ratio": float(np.mean(ratios)), "ratios": ratios,
-                "standard_error": error, "same_sign": len({ratio > 1 for ratio in ratios}) == 1,
-            })  # fmt: skip
-    return found
-
-
-def equal_points(ours: Curve, peer: Curve, axis: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Where on two curves both have spent as much, rounded against ours."""
-    if axis == "rounds":
-        return ours[-1], peer[-1]
-    spent = _SPENT[axis]
-    budget = min(spent(ours[-1]), spent(peer[-1]))
-    return _at(ours, spent, budget), next(point for point in peer if spent(point) >= budget)
-
-
-def _at(curve: Curve, spent: Callable[[Mapping[str, Any]], float], budget: float) -> Mapping[str, Any]:
-    """The point of a curve that has spent this much, on the line between the two around it."""
-    after = next(point for point in curve if spent(point) >= budget)
-    if spent(after) == budget:
-        return after
-    before = [point for point in curve if spent(point) < budget][-1]
-    share = (budget - spent(before)) / (spent(after) - spent(before))
-    return {
-        name: before[name] + share * (after[name] - before[name])
-        for name in MODELS if before.get(name) is not None and after.get(name) is not None
-    }  # fmt: skip
-
-
-def best(point: Mapping[str, Any]) -> float:
-    """The better of the two models of a peer: that of a mask is the masked one."""
-    return min(float(point[name]) for name in ("merged", "sparse") if point[name] is not None)
-
-
-def _end(record: Mapping[str, Any]) -> float:
-    """What a trial comes to: inf where it diverged."""
-    value = best(record["curve"][-1]) if "curve" in record else math.inf
-    return value if math.isfinite(value) else math.inf
-
-
-def _plots(table: Table, done: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
-    """Curves of every setting, the mean over the seeds, as one SVG; empty where no setting has two of them.
-
-    Without their common start, beside which all differences between them are small.
-    """
-    drawings = {}
-    axes = (("up", 1e6, "MB uploaded"), ("flops", 1e12, "TFLOPs of clients"), ("round", 1, "round"))
-    for setting, kind, (axis, unit, label) in itertools.product(table.settings, _DRAWN, axes):
-        series: dict[str, list[tuple[float, float]]] = {variant: [] for variant in table.variants}
-        for variant in table.variants:
-            own = [(c, r["curve"]) for c, r in done if (c.variant, c.setting) == (variant, setting)]
-            if own and all(_DRAWN[kind](cell, curve[-1]) is not None for cell, curve in own):
-                value_of = partial(_DRAWN[kind], own[0][0])
-                series[variant] = [
-                    (float(np.mean([point[axis] for point in points])) / unit,
-                     float(np.mean([value_of(point) for point in points])))
-                    for points in zip(*(curve for _, curve in own), strict=True) if points[0][axis] > 0
-                ]  # fmt: skip
-        if sum(map(bool, series.values())) > 1:
-            # Bytes of whole and of low-rank updates lie orders of magnitude apart.
-            drawings[f"{setting}: {kind} by {label}"] = lines(series, label, kind, log_x=axis == "up")
-    return figure(drawings, table.variants, columns=len(axes)) if drawings else ""
-
-
-def _worst(cell: Cell, scores: Mapping[str, float]) -> float:
-    """The highest perplexity of a domain that clients have."""
-    return max(value for domain, value in scores.items() if domain not in cell.config.federation.forgetting)
-
-
-_DRAWN: Mapping[str, Callable[[Cell, Mapping[str, Any]], Any]] = {
-    "merged headline": lambda _, point: point["merged"],
-    "merged worst domain": lambda cell, point: _worst(cell, point["domains"]),
-    "sparse headline": lambda _, point: point["sparse"],
-    # Of what older records do not have there is no curve.
-    "sparse worst domain": lambda cell, point: (domains := point.get("sparse_domains")) and _worst(cell, domains),
-}
-
-
-def _mean_of(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,13 @@ from sam_ds.errors import InputError, nearest
 from sam_ds.federation.methods.registry import configured
 from sam_ds.tables import leaves, merge
 
-AXES = ("rounds", "upload", "traffic", "flops")
+SPENT: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "upload": lambda point: float(point["up"]),
+    "traffic": lambda point: float(point["up"] + point["down"]),
+    "flops": lambda point: float(point["flops"]),
+}
+"""Bytes or FLOPs that a point of a curve has spent, for the axes that have them."""
+AXES = ("rounds", *SPENT)
 MODELS = ("merged", "sparse")
 
 

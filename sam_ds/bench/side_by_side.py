@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,7 @@ def _at(curve: Curve, spent: Callable[[Mapping[str, Any]], float], budget: float
 
 def best(point: Mapping[str, Any]) -> float:
     """The better of the two models of a peer: that of a mask is the masked one."""
-    return min(float(point[name]) for name in ("merged", "sparse") if point[name] is not None)
+    return min(float(point[name]) for name in MODELS if point[name] is not None)
 
 
 def end_of(record: Mapping[str, Any]) -> float:
@@ -113,15 +112,14 @@ def drawn(table: Table, done: Done) -> str:
     """
     drawings = {}
     axes = (("up", 1e6, "MB uploaded"), ("flops", 1e12, "TFLOPs of clients"), ("round", 1, "round"))
-    for setting, kind, (axis, unit, label) in itertools.product(table.settings, _DRAWN, axes):
+    for setting, (kind, value_of), (axis, unit, label) in itertools.product(table.settings, _DRAWN.items(), axes):
         series: dict[str, list[tuple[float, float]]] = {variant: [] for variant in table.variants}
         for variant in table.variants:
             own = [(c, r["curve"]) for c, r in done if (c.variant, c.setting) == (variant, setting)]
-            if own and all(_DRAWN[kind](cell, curve[-1]) is not None for cell, curve in own):
-                value_of = partial(_DRAWN[kind], own[0][0])
+            if own and all(value_of(cell, curve[-1]) is not None for cell, curve in own):
                 series[variant] = [
                     (float(np.mean([point[axis] for point in points])) / unit,
-                     float(np.mean([value_of(point) for point in points])))
+                     float(np.mean([value_of(own[0][0], point) for point in points])))
                     for points in zip(*(curve for _, curve in own), strict=True) if points[0][axis] > 0
                 ]  # fmt: skip
         if sum(map(bool, series.values())) > 1:

@@ -16,7 +16,7 @@ from sam_ds.errors import InputError
 from sam_ds.experts.lora import LoraSlices
 from sam_ds.federation import participation
 from sam_ds.federation.aggregation import AggregationConfig, Aggregator, ServerOptimizer
-from sam_ds.federation.participation import inclusion_probabilities, sample_experts
+from sam_ds.federation.participation import inclusion_probabilities, sample_experts, stratified_sample
 
 EXAMPLES = np.array([10.0, 1.0, 4.0, 25.0])
 EXPERTS, PER_ROUND = 4, 2
@@ -95,7 +95,13 @@ def target(designs):
     return want
 
 
-@pytest.mark.parametrize("clients", [subsets_without_replacement, poisson_subsets])
+def stratified_subsets():
+    """Of the sampler in use."""
+    design = exact_design(lambda rng: stratified_sample(["a", "b", "b", "b"], PER_ROUND, rng))
+    return {drawn: float(p) for drawn, p in design.items()}
+
+
+@pytest.mark.parametrize("clients", [subsets_without_replacement, poisson_subsets, stratified_subsets])
 def test_unbiased_ht(clients, designs):
     mean, there = expected_aggregate(clients(), designs, "ht")
     np.testing.assert_allclose(mean, target(designs), rtol=1e-12, atol=1e-12)

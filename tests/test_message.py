@@ -416,6 +416,9 @@ def test_gains_move_in_a_federation_and_are_saved_with_its_model(talking, tmp_pa
     assert len(gains) == 2 * 8 and all(value.shape == (1, 8) for value in gains.values())
     moved = np.stack([[gains[ExpertUnit(layer, expert, "gain")][0] for expert in range(8)] for layer in range(2)])
     assert moved.any() and not np.triu(moved).any()
+    # Those of the clients' own, too: they begin at 0.
+    own = {unit.name: value for unit, value in server.state.units.items() if "gain" in getattr(unit, "name", "")}
+    assert own.keys() == {"assembler.gain_tails", "assembler.gain_heads"} and own["assembler.gain_heads"].any()
     server.save_model(tmp_path / "model")
     saved = load_file(tmp_path / "model" / "sam.safetensors")
     for layer in range(2):

@@ -10,12 +10,13 @@ from in_process import Federation, assert_equal_states, status
 
 from sam_ds.federation.graphs import UNKNOWN
 from sam_ds.federation.messages import blobs_of
+from sam_ds.federation.methods.sam import assemble, condition_of
 from sam_ds.federation.run import bounds
 from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.graph.dag import check_graph
 from sam_ds.graph.editlog import catch_up, every_edge, unpack_edges
-from sam_ds.graph.edits import Edit
-from sam_ds.graph.privacy import gaussian_epsilon
+from sam_ds.graph.edits import Edit, apply
+from sam_ds.graph.privacy import gaussian_epsilon, noised_counters
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,10 @@ def test_the_graph_that_a_client_trained_over_is_written_down(federate):
     assert len({graph_LEE.tobytes() for graph_LEE in graphs.values()}) > 1
     records = federation.records("client")
     assert {record["client"] for record in records} == graphs.keys()
+    server, (client, *_) = federation.server, graphs
+    condition = condition_of(server, client)
+    explored = {assemble(server, condition, (0, round_, client)).tobytes() for round_ in range(8)}
+    assert len(explored) > 4, "every round explores anew"
     for record in records:
         bits = np.frombuffer(bytes.fromhex(record["graph"]), np.uint8)
         graph_LEE = graphs[record["client"]]
@@ -150,6 +155,57 @@ def test_noised_counters_are_clipped_by_client_and_their_epsilon_is_written(fede
     for round_, periods in ((2, 1), (4, 2)):
         # Of the edits alone: the weights have no noise.
         assert rounds[round_]["epsilon"] == {"delta": 1e-5, "edits": gaussian_epsilon(0.5 / math.sqrt(periods), 1e-5)}
+
+
+@pytest.fixture
+def counted(federate):
+    """`counted(*overrides)` -> the server of a run that begins, with counters that many edits can be proposed from."""
+
+    def make(*overrides):
+        server = federate(*overrides, start=False).server
+        rng, state = np.random.default_rng(0), server.state
+        for name, most in (("used", 40), ("offered", 200), ("together", 200)):
+            getattr(state, name)[:] = np.triu(rng.integers(20, most, state.used.shape), 1)
+        return server
+
+    return make
+
+
+def test_edits_are_proposed_from_noised_counters(counted, monkeypatch):
+    """Of the deviation that the epsilon is of: sigma, times what a client can change in the T_m rounds of a period."""
+    server, seen = counted("federation.edit_noise=0.5", "federation.edit_clip=0.25", "federation.edit_every=2"), []
+    tables = [server.state.used.copy(), server.state.offered.copy(), server.state.together.copy()]
+    monkeypatch.setattr("sam_ds.federation.methods.sam.propose", lambda _, *given, **__: seen.extend(given) or [])
+    server.method.adapt(server, 2)
+    noised = noised_counters(tables, 0.5 * 2 * 0.25 * (2 * 4 * 16), server.config.seed, 2)
+    assert len(seen) == 3 and not any(np.array_equal(found, table) for found, table in zip(seen, tables, strict=True))
+    for found, expected in zip(seen, noised, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_edits_that_cost_more_than_the_tolerance_are_rolled_back(counted, monkeypatch):
+    """What an edge costs follows from its ends' numbers: some edits help, some cost little, some much."""
+    server = counted("federation.edit_tolerance=0.03", "federation.max_edits=12")
+    cost_EE = np.subtract.outer(np.arange(8), 0.6 * np.arange(8)) / 50
+    monkeypatch.setattr("sam_ds.federation.methods.sam.loss_in_use", lambda _: lambda graph_LEE: 5 + float(
+        (graph_LEE * cost_EE).sum()))  # fmt: skip
+    before = server.state.graph.copy()
+    record = server.method.adapt(server, 2)
+    changes = []
+    for edit in record["edits"]:
+        sign = 1 if edit["kind"] == "promote" else -1
+        changes.append(edit["change"])
+        assert edit["change"] == pytest.approx(sign * cost_EE[edit["tail"], edit["head"]])
+        assert edit["kept"] == (edit["change"] <= 0.03)
+    assert min(changes) < 0 < 0.03 < max(changes) and any(0 < change <= 0.03 for change in changes)
+    kept = [
+        Edit(layer=e["layer"], tail=e["tail"], head=e["head"], kind=e["kind"]) for e in record["edits"] if e["kept"]
+    ]  # fmt: skip
+    assert 0 < len(kept) < len(record["edits"])
+    np.testing.assert_array_equal(server.state.graph, apply(before, kept))
+    np.testing.assert_array_equal(server.model.graph().numpy(), server.state.graph)
+    assert [edit for _, edit in server.state.edits.entries] == kept
+    assert record["gamma"] == server.state.gamma == max(map(abs, changes))
 
 
 def test_counters_start_over_after_edits(good):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,16 @@ from in_process import Federation, first_clients, status
 from sam_ds.bench.tampering import crash, scaled, without
 from sam_ds.federation.messages import blobs_of
 from sam_ds.federation.participation import inclusion_probabilities
+from sam_ds.federation.state import checkpoints, load_checkpoint
 from sam_ds.wire.codec import decode
 from sam_ds.wire.payload import ExpertUnit, decode_units
 
 
-def test_ht_is_the_formula(federate):
-    """delta_u = sum over replies of w_i / p_{i,u} delta_{i,u}, and theta moves by it."""
-    federation = federate("federation.rounds=1", start=False)
+@pytest.mark.parametrize("sends", [{}, {"medium": 4, "large": 5}], ids=["all", "some"])
+def test_ht_is_the_formula(federate, sends):
+    """delta_u = sum over replies of w_i / p_{i,u} delta_{i,u}, and theta moves by it; p = pi h u for an expert."""
+    overrides = [f"tiers.{tier}.sends={count}" for tier, count in sends.items()]
+    federation = federate("federation.rounds=1", "federation.clients_per_round=6", *overrides, start=False)
     before = dict(federation.server.state.units)
     federation.start()
     planned = federation.strategy._planned.plan.clients
@@ -26,8 +31,9 @@ def test_ht_is_the_formula(federate):
         for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
             p = client.pi
             if isinstance(unit, ExpertUnit):
-                assert unit.expert in client.experts[unit.layer]
-                p *= client.h[unit.layer, unit.expert]
+                held = client.experts[unit.layer]
+                assert unit.expert in held
+                p *= client.h[unit.layer, unit.expert] * sends.get(client.tier, len(held)) / len(held)
             expected[unit] = expected[unit] + examples[client.client] / examples.sum() / p * delta
     for unit, value in federation.server.state.units.items():
         np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
@@ -56,10 +62,12 @@ def test_the_estimate_is_of_those_who_registered(federate, overrides):
         np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
 
 
-def test_ht_scales_by_the_share_that_answered(federate):
+@pytest.mark.parametrize(("rule", "cap"), [("ht", np.inf), ("clipped", 2.5)])
+def test_sums_are_scaled_by_the_share_that_answered(federate, rule, cap):
     """The two that answered, weighted by 1 / p, times 3 / 2."""
     client = first_clients(federate(start=False).config)[1]
-    federation = federate("federation.rounds=1", tamper={client: crash})
+    federation = federate("federation.rounds=1", f"federation.aggregation={rule}", "federation.clip=2.5",
+                          tamper={client: crash})  # fmt: skip
     planned = federation.strategy._planned.plan.clients
     examples = federation.server.state.examples
     first = Federation.of(federation.config, federation.server.base).server
@@ -69,7 +77,7 @@ def test_ht_scales_by_the_share_that_answered(federate):
             continue
         for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
             p = each.probability(unit.layer, unit.expert) if isinstance(unit, ExpertUnit) else each.pi
-            expected[unit] = expected[unit] + 1.5 * examples[each.client] / examples.sum() / p * delta
+            expected[unit] = expected[unit] + 1.5 * examples[each.client] / examples.sum() * min(1 / p, cap) * delta
     for unit, value in federation.server.state.units.items():
         np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
 
@@ -171,6 +179,59 @@ def test_experts_are_drawn_by_each_clients_own_text_and_graph(federate, score):
             budget = server.config.tiers[client.tier].experts
             want_E = inclusion_probabilities(scores_E, budget=budget, roots=roots, floor=section.floor_in_force)
             np.testing.assert_allclose(client.h[layer], want_E, rtol=1e-12)
+
+
+@pytest.mark.parametrize("score", ["fitness", "greedy", "anchors"])
+def test_experts_are_drawn_by_feedback_load_and_anchors(federate, score):
+    """By the formulas of 2507.05685 and 2306.08586, of the run's own weights, budgets and population."""
+    federation = federate(f"federation.score={score}", "federation.floor=0.1", "federation.fitness_weight=0.5",
+                          "federation.load_weight=2.0", "federation.rounds=1")  # fmt: skip
+    server, rng = federation.server, np.random.default_rng(0)
+    state, roots = server.state, server.config.sam.roots
+    state.fitness[:], state.load[:] = rng.random(state.fitness.shape), rng.random(state.load.shape)
+    state.rates[:] = rng.random(state.rates.shape)
+    # One to one: of six clients and six experts beside the roots, the pairs of the largest sum.
+    anchor_of = [
+        max(itertools.permutations(range(6)), key=lambda order, layer=layer: sum(
+            state.rates[client, layer, roots + expert] for client, expert in enumerate(order)))
+        for layer in range(2)
+    ]  # fmt: skip
+    for client in server.method.plan(server, 2).plan.clients:
+        budget = server.config.tiers[client.tier].experts
+        for layer in range(2):
+            fitness_E, floor = state.fitness[client.client, layer], 0.1
+            if score == "fitness":
+                scores_E = 0.5 * fitness_E - 2.0 * state.load[layer]
+                scores_E = scores_E - min(scores_E[roots:].min(), 0.0)
+            elif score == "greedy":
+                fittest = roots + np.argsort(-fitness_E[roots:])[: budget - roots]
+                scores_E, floor = np.where(np.isin(np.arange(8), fittest), np.inf, 0.0), 0.0
+                assert set(client.experts[layer]) == {*range(roots), *fittest}
+            else:
+                scores_E = state.rates[client.client, layer].astype(np.float64)
+                anchor = roots + anchor_of[layer][client.client]
+                scores_E[anchor] = np.inf
+                assert anchor in client.experts[layer]
+            scores_E[:roots] = 0.0
+            want_E = inclusion_probabilities(scores_E, budget=budget, roots=roots, floor=floor)
+            np.testing.assert_allclose(client.h[layer], want_E, rtol=1e-12)
+
+
+def test_after_a_shift_replies_weigh_as_the_documents_they_come_from(federate):
+    """A client that trains on the next one's documents weighs as much as these are."""
+    overrides = ("method=fedavg", "federation.rounds=2", "federation.clients_per_round=6", "federation.shift_round=2",
+                 "federation.partition=dirichlet")  # fmt: skip
+    federation = federate(*overrides, worker=overrides)
+    first = load_checkpoint(checkpoints(federation.run / "checkpoints")[1])
+    examples = federation.server.state.examples
+    assert first.round == 1 and len(set(examples.tolist())) > 1
+    expected = {unit: value.astype(np.float64) for unit, value in first.units.items()}
+    for client, reply in enumerate(federation.grid.seen[6:]):
+        weight = examples[(client + 1) % 6] / examples.sum()
+        for unit, delta in decode_units(blobs_of(reply.content["units"])).items():
+            expected[unit] = expected[unit] + weight * delta
+    for unit, value in federation.server.state.units.items():
+        np.testing.assert_allclose(value, expected[unit], rtol=1e-6, atol=1e-7, err_msg=str(unit))
 
 
 def trained_alone(server, worker, client):

@@ -134,6 +134,18 @@ def test_starts_from_the_units_of_the_task(kind):
     assert worker.train(task).loss_first == first
 
 
+def test_the_assembler_learns_from_the_credited_edges(kind):
+    """What a client sends moves every part of it, and depends on the condition that the client was given."""
+    worker, server = kind
+    task = task_for(server, MEDIUM)
+    parts = {unit: delta for unit, delta in worker.train(task).deltas.items() if "assembler." in str(unit)}
+    assert len(parts) == (6 if server.method.sparse else 0)
+    assert all(delta.any() for delta in parts.values())
+    if parts:
+        other = worker.train(replace(task, condition=-task.condition)).deltas
+        assert not any(np.array_equal(delta, other[unit]) for unit, delta in parts.items())
+
+
 def test_counters(kind):
     worker, server = kind
     task = task_for(server, MEDIUM)

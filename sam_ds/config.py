@@ -75,7 +75,7 @@ class FederationSection(Checked):
     fitness_weight: NonNegative = 1.0
     load_weight: NonNegative = 0.5
     aggregation: Literal["ht", "hajek", "clipped", "none"] = "ht"
-    clip: Positive = 10.0  # largest 1/p under "clipped"; above it the other rules warn
+    clip: Annotated[float, Interval(1)] = 10.0  # largest 1/p under "clipped"; above it the other rules warn
     robust: Literal["none", "norm_clip", "trimmed_mean", "median"] = "none"  # the last two replace `aggregation`
     trim: Annotated[float, Interval(0, 0.5, "[)")] = 0.2  # share of the replies that trimmed_mean cuts at each end
     norm_bound: Positive = 2.0  # of norm_clip, times the median norm of the replies for a unit
@@ -226,6 +226,10 @@ class RunConfig(Checked):
         if federation.refit_standins and sam.standin == "none":
             raise InputError("federation.refit_standins = true, but sam.standin = 'none' has nothing to fit: give "
                              "false, or stand-ins 'mean' or 'linear'")
+        if federation.server_optimizer in ("adam", "yogi") and federation.server_lr > 0.1:
+            raise InputError(f"federation.server_lr = {federation.server_lr:g} with server_optimizer = "
+                             f"{federation.server_optimizer!r} moves every weight by about that much a round: give "
+                             "1e-2 or less")
         self._check_privacy()
         free = sam.num_experts - sam.roots
         if federation.edges < free:

@@ -157,6 +157,8 @@ def test_a_tiers_table_lists_all_tiers(tmp_path: Path) -> None:
     ("federation.forgetting=[1]", ["federation.forgetting must be a list of texts", "[1]"]),
     ("federation.forgetting=a,,b", ["federation.forgetting must have no empty item"]),
     ("federation.explore=1.5", ["federation.explore must be in [0, 1]", "got 1.5"]),
+    ("federation.clip=0.5", ["federation.clip must be >= 1", "got 0.5"]),
+    ("federation.server_optimizer=adam", ["federation.server_lr = 1 with server_optimizer = 'adam'", "1e-2 or less"]),
     ("federation.beta_1=1", ["federation.beta_1 must be in [0, 1)", "got 1"]),
     ("sam.density=0", ["sam.density must be in (0, 1]", "got 0"]),
     ("method=fedavgg", ["method must be one of sam, fedavg, fedit, static_mask, local", "did you mean 'fedavg'"]),

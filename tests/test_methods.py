@@ -10,6 +10,7 @@ import torch
 from in_process import Federation, assert_equal_states
 
 from sam_ds.data.corpus import load_corpus
+from sam_ds.errors import InputError
 from sam_ds.experts.saliency import saliency
 from sam_ds.experts.surgery import find_ffns
 from sam_ds.federation.methods.registry import METHODS, configured
@@ -38,6 +39,20 @@ def test_the_registry_and_the_configuration_agree(tiny, tmp_path):
         config = configured(tiny.config(tmp_path, f"method={name}"))
         assert config.subsets == method.sparse
         assert configured(config) == config  # a resumed run is configured already
+
+
+@pytest.mark.parametrize(("method", "wrong", "words"), [
+    ("local", "federation.robust=median", "federation.robust = 'median' is of an average"),
+    ("local", "federation.server_optimizer=momentum", "server_optimizer = 'momentum' is of an average"),
+    ("central", "federation.robust=norm_clip", "federation.robust = 'norm_clip' is of several clients"),
+    ("central", "federation.shift_round=2", "federation.shift_round = 2 is of several clients"),
+    ("static_mask", "sam.semantics=message", "sam.semantics = 'message' needs edges"),
+    ("fedit", "train.redraw_every=2", "train.redraw_every = 2 is of low-rank slices"),
+    ("fedavg", "train.attention_rank=4", "train.attention_rank = 4 is of low-rank updates"),
+])  # fmt: skip
+def test_what_a_method_has_no_use_for_is_refused(tiny, tmp_path, method, wrong, words):
+    with pytest.raises(InputError, match=words):
+        configured(tiny.config(tmp_path, f"method={method}", wrong))
 
 
 def test_static_mask_holds_the_same_experts_everywhere_and_moves_nothing_else(federate):

@@ -47,7 +47,8 @@ Moments: TypeAlias = tuple[NDArray[Any], ...]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AggregationConfig:
     """How replies are weighted and what the server does with their sum. Fields of optimizers are named as in flwr, but
-    for `server_lr`, which flwr calls `server_learning_rate` in FedAvgM and `eta` in FedAdam and FedYogi."""
+    for `server_lr`, which flwr calls `server_learning_rate` in FedAvgM and `eta` in FedAdam and FedYogi. flwr's FedAdam
+    starts v at 0 and corrects the moments' bias; its momentum is 0 unless given."""
 
     rule: str = "ht"
     """One of `RULES`."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from sam_ds.config import RunConfig, TierSection
+from sam_ds.errors import InputError
 from sam_ds.federation.methods.base import Method, Planned, adapt_nothing, weighted_mean
 from sam_ds.federation.methods.sam import condition_of
 from sam_ds.federation.participation import plan_round
@@ -22,6 +23,9 @@ from sam_ds.federation.participation import plan_round
 
 def _configure(config: RunConfig) -> RunConfig:
     kept = config.sam.top_k
+    if config.sam.semantics == "message":
+        raise InputError("sam.semantics = 'message' needs edges, and method = 'static_mask' has none, as what it keeps is "
+                         "always visited: give 'reach', or method = 'sam'")  # fmt: skip
     always: dict[str, Any] = {"roots": kept, "root_choice": "saliency", "standin": "none", "regroups": 0}
     return replace(
         config, sam=replace(config.sam, allocation="uniform", **always), train=replace(config.train, whole=0.0),

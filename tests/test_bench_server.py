@@ -62,7 +62,7 @@ def test_a_virtual_grid_is_answered_like_a_real_one(tiny, tmp_path) -> None:
     federation = Federation.of(tiny.config(tmp_path), tiny.base)
     server, strategy = federation.server, federation.strategy
     shapes = {unit_name(unit): value.shape for unit, value in server.state.units.items()}
-    grid = VirtualGrid(6, shapes, server.layers, server.num_experts)
+    grid = VirtualGrid(server.dealt(), shapes, server.layers, server.num_experts)
     identify(0)
     before = dict(server.state.units)
     strategy.start(grid)

@@ -194,8 +194,8 @@ DP = ("federation.dp_noise=0.5", "federation.dp_clip=0.05", "federation.sampling
 
 
 def test_a_run_with_noise_moves_everything_and_accounts_for_it(tiny, new_worker, tmp_path) -> None:
-    config = tiny.config(tmp_path / "run", *DP, "tiers.large.share=0", "tiers.small.share=0.625")
-    federation = Federation.of(config, tiny.base, new_worker(*DP))
+    overrides = (*DP, "tiers.large.share=0", "tiers.small.share=0.625")
+    federation = Federation.of(tiny.config(tmp_path / "run", *overrides), tiny.base, new_worker(*overrides))
     before = dict(federation.server.state.units)
     federation.start()
     state, rounds = federation.server.state, federation.records("round")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto
 from in_process import Federation, over_the_wire, task_for
 
@@ -19,6 +19,7 @@ from sam_ds.federation.messages import (
     count_bytes,
     counters_of,
     message_bytes,
+    registration_content,
     registration_of,
     result_content,
     task_content,
@@ -160,6 +161,8 @@ def test_bytes_are_counted_as_sent(tiny, tmp_path):
     ({"client": 6}, "client 6 is none of the 6"),
     ({"client": 1.0}, "client 1.0 is none"),
     ({"num-examples": 0}, "has 0 examples"),
+    ({"tier": "large"}, r"wrong-tier: client 1 says tier and experts are \('large', 4\), the run has \('small', 4\)"),
+    ({"capacity": 8}, r"wrong-tier: client 1 says tier and experts are \('small', 8\)"),
     ({"rates": np.full((2, 8), 1.5, np.float32)}, "rates of client 1 are not finite, or no shares"),
     ({"scores": np.full((2, 8), np.nan, np.float32)}, "scores of client 1 are not finite"),
     ({"scores": np.zeros((2, 9), np.float32)}, r"scores of client 1 are float32 \(2, 9\)"),
@@ -167,15 +170,18 @@ def test_bytes_are_counted_as_sent(tiny, tmp_path):
 ])  # fmt: skip
 def test_a_registration_is_checked(wrong, words):
     arrays = {"scores": np.zeros((2, 8), np.float32), "rates": np.ones((2, 8), np.float32)}
-    facts = {"client": 1, "num-examples": 3}
+    facts = {"client": 1, "tier": "small", "capacity": 4, "num-examples": 3}
+    dealt = [("small", 4)] * 4 + [("large", 8)] * 2
 
     def content(wrong):
-        given = {name: wrong.get(name, value) for name, value in arrays.items()}
+        given, said = ({name: wrong.get(name, value) for name, value in all_.items()} for all_ in (arrays, facts))
+        made = registration_content(
+            said["client"], said["tier"], said["capacity"], said["num-examples"], arrays["scores"], arrays["rates"]
+        )  # fmt: skip
         blobs = {f"shared/{name}": encode(value) for name, value in given.items() if value is not None}
-        metrics = MetricRecord({name: wrong.get(name, value) for name, value in facts.items()})
-        return RecordDict({"description": blob_record(blobs), "metrics": metrics})
+        return RecordDict({**made, "description": blob_record(blobs)})
 
-    client, examples, scores, rates = registration_of(content({}), (6, 2, 8))
+    client, examples, scores, rates = registration_of(content({}), (2, 8), dealt)
     assert (client, examples, scores.sum(), rates.sum()) == (1, 3, 0, 16)
     with pytest.raises(RejectedUpdate, match=words):
-        registration_of(content(wrong), (6, 2, 8))
+        registration_of(content(wrong), (2, 8), dealt)

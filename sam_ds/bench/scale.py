@@ -131,8 +131,8 @@ def _case(base: Path, corpus: Corpus, clients: int, drawn: int, options: argpars
     out.mkdir()
     log = MetricsLog(out / "metrics.jsonl", domains)
     grid = VirtualGrid(
-        clients, {unit_name(unit): value.shape for unit, value in server.state.units.items()}, server.layers,
-        server.num_experts,
+        server.dealt(), {unit_name(unit): value.shape for unit, value in server.state.units.items()},
+        server.layers, server.num_experts,
     )  # fmt: skip
     SamStrategy(server, out, log).start(grid)
     plans.append({"at": time.process_time(), "seconds": 0.0, "rss": resident("VmRSS"), "grid": grid.seconds})

@@ -8,16 +8,16 @@ what the server took from asking for the nodes to the last registration, `asked`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message
 
 from sam_ds.clients.task import Result
 from sam_ds.federation.grid import LocalGrid
-from sam_ds.federation.messages import blob_record, blobs_of, message_bytes, result_content
+from sam_ds.federation.messages import blobs_of, message_bytes, registration_content, result_content
 from sam_ds.wire.codec import encode
 
 _AT_ONCE = 64
@@ -28,28 +28,28 @@ class VirtualGrid(LocalGrid):
     """Clients 0..N-1 are the nodes 1..N.
 
     Args:
-        clients: N.
+        dealt: of every client its tier and the experts it can hold (`Server.dealt`).
         shapes: of every unit that trains, by its name on the wire.
         layers, experts: of the model.
     """
 
-    def __init__(self, clients: int, shapes: Mapping[str, tuple[int, ...]], layers: int, experts: int) -> None:
-        self.clients = clients
+    def __init__(
+        self, dealt: Sequence[tuple[str, int]], shapes: Mapping[str, tuple[int, ...]], layers: int, experts: int
+    ) -> None:
+        self.dealt = dealt
         self.seconds = self.registration = 0.0
         self.asked = 0
         self._began = 0.0
         self._shapes = shapes
         self._rng = np.random.default_rng(0)
-        self._description = blob_record({
-            f"shared/{name}": encode(self._rng.random((layers, experts), np.float32)) for name in ("scores", "rates")
-        })  # fmt: skip
+        self._scores, self._rates = self._rng.random((2, layers, experts), np.float32)
         self._waiting: dict[str, Message] = {}
         self._pushed = 0
         self._blobs: dict[tuple[int, tuple[int, ...]], bytes] = {}
 
     def get_node_ids(self) -> Iterable[int]:
         self._began = self._began or time.process_time()
-        return range(1, self.clients + 1)
+        return range(1, len(self.dealt) + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         began = time.process_time()
@@ -75,8 +75,9 @@ class VirtualGrid(LocalGrid):
     def _reply(self, message: Message) -> Message:
         if message.metadata.message_type == "query":
             self.asked = self.asked or message_bytes(message)
-            facts = MetricRecord({"client": message.metadata.dst_node_id - 1, "num-examples": 100})
-            return Message(RecordDict({"description": self._description, "metrics": facts}), reply_to=message)
+            client = message.metadata.dst_node_id - 1
+            content = registration_content(client, *self.dealt[client], 100, self._scores, self._rates)
+            return Message(content, reply_to=message)
         task: dict[str, Any] = dict(message.content["task"])
         round_ = task["round"]
         blobs = {name: self._blob(round_, self._shapes[name]) for name in blobs_of(message.content["units"])}

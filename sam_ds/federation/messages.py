@@ -1,6 +1,7 @@
 """What the server and a client say to each other, as Flower records. Tensors are codec blobs; nothing is pickled.
 
-    query    {}                                           -> examples, mean gate scores, visit rates
+    query    what trains, the base model's fingerprint    -> who, tier, capacity, examples, mean gate scores,
+                                                             visit rates
     train    units, graphs, condition, refitted stand-ins,
              the task's scalars                           -> deltas, counters, metrics
 
@@ -10,7 +11,7 @@ How graphs travel is in `graphs.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -150,27 +151,45 @@ def metrics_of(content: RecordDict) -> dict[str, int | float]:
     return metrics
 
 
+def registration_content(
+    client: int, tier: str, capacity: int, examples: int, scores_LE: NDArray[np.float32], rates_LE: NDArray[np.float32]
+) -> RecordDict:
+    """The content of a registration; `capacity`: experts a layer that the client can hold."""
+    return RecordDict(
+        {
+            "description": blob_record({"shared/scores": encode(scores_LE), "shared/rates": encode(rates_LE)}),
+            "metrics": MetricRecord({"client": client, "capacity": capacity, "num-examples": examples}),
+            "device": ConfigRecord({"tier": tier}),
+        }
+    )
+
+
 def registration_of(
-    content: RecordDict, shape_NLE: tuple[int, ...]
+    content: RecordDict, shape_LE: tuple[int, ...], dealt: Sequence[tuple[str, int]]
 ) -> tuple[int, int, NDArray[np.float32], NDArray[np.float32]]:
     """A client's number, its examples, mean gate scores (L, E) and visit rates (L, E), checked: everything later is
-    drawn and weighed by them. Raises RejectedUpdate."""
-    for name, kind in (("metrics", MetricRecord), ("description", ArrayRecord)):
+    drawn and weighed by them. `dealt`: of every client the tier and the experts it can hold, as the run has them.
+    Raises RejectedUpdate."""
+    for name, kind in (("metrics", MetricRecord), ("description", ArrayRecord), ("device", ConfigRecord)):
         if not isinstance(content.get(name), kind):
             raise RejectedUpdate("missing-unit", f"the record {name!r} was asked for")
     facts = dict(content["metrics"])
     client, examples = facts.get("client"), facts.get("num-examples")
-    if not (isinstance(client, int) and 0 <= client < shape_NLE[0]):
-        raise RejectedUpdate("corrupt", f"client {str(client)[:80]} is none of the {shape_NLE[0]}")
+    if not (isinstance(client, int) and 0 <= client < len(dealt)):
+        raise RejectedUpdate("corrupt", f"client {str(client)[:80]} is none of the {len(dealt)}")
     if not (isinstance(examples, int) and 1 <= examples <= _MAX_COUNT):
         raise RejectedUpdate("corrupt", f"client {client} has {str(examples)[:80]} examples")
+    device = (content["device"].get("tier"), facts.get("capacity"))
+    if device != dealt[client]:
+        raise RejectedUpdate("wrong-tier", f"client {client} says tier and experts are {str(device)[:80]}, the run has "
+                                           f"{dealt[client]}: start its node with the run's configuration")  # fmt: skip
     blobs, values = blobs_of(content["description"]), []
     for name, low, high in (("scores", -np.inf, np.inf), ("rates", 0.0, 1.0)):
         try:
             value = decode(blobs.get(f"shared/{name}", b""), max_bytes=_MAX_COUNTER_BYTES)[0]
         except CodecError as error:
             raise RejectedUpdate("corrupt", f"{name} of client {client}: {error}") from None
-        if value.shape != shape_NLE[1:] or value.dtype != np.float32:
+        if value.shape != shape_LE or value.dtype != np.float32:
             raise RejectedUpdate("wrong-shape", f"{name} of client {client} are {value.dtype} {value.shape}")
         if not bool((np.isfinite(value) & (value >= low) & (value <= high)).all()):
             raise RejectedUpdate("corrupt", f"{name} of client {client} are not finite, or no shares")

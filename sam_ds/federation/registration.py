@@ -2,10 +2,10 @@
 
 Every node is asked once who it is and what its data look like: those that are there when the run begins, which waits
 for `federation.clients` of them, and between rounds those that have come since. Of which tier a client is both sides
-know from the configuration (`clients/dealing.py`). A run begins with `federation.min_clients` clients. The others are
-then no part of the population: they are not drawn and weigh nothing, and what the aggregate estimates is the sum over
-the clients that have registered; who comes later is a part from then on. A client that has registered once stays a
-part: while its node is gone it is drawn and does not answer.
+know from the configuration (`clients/dealing.py`), and a client that says another one is refused. A run begins with
+`federation.min_clients` clients. The others are then no part of the population: they are not drawn and weigh nothing,
+and what the aggregate estimates is the sum over the clients that have registered; who comes later is a part from then
+on. A client that has registered once stays a part: while its node is gone it is drawn and does not answer.
 
 A registration that makes no sense (`messages.registration_of`), or of a client that another connected node is
 (`taken-id`), is refused by name, and its node is not asked again. A client whose node has gone may come back as
@@ -36,6 +36,7 @@ class Roster:
         self.nodes: dict[int, int] = {}
         """Client -> node, of the clients that have registered since this process began."""
         self._server = server
+        self._dealt = server.dealt()
         self._refuse = refuse
         self._asked: set[int] = set()
         self._pending: dict[str, int] = {}
@@ -103,7 +104,7 @@ class Roster:
         if reply.has_error():
             raise RejectedUpdate("client-failed", str(reply.error.reason)[-500:])
         state = self._server.state
-        client, examples, scores, rates = registration_of(reply.content, state.scores.shape)
+        client, examples, scores, rates = registration_of(reply.content, state.scores.shape[1:], self._dealt)
         holder = self.nodes.get(client)
         if holder is not None and holder in connected:
             raise RejectedUpdate("taken-id", f"client {client} is node {holder}, which is still connected")

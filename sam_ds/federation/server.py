@@ -104,6 +104,10 @@ class Server:
             factor_seed=factor_seed(self.config, 0) if self.trains.startswith("lora") else None,
         )  # fmt: skip
 
+    def dealt(self) -> list[tuple[str, int]]:
+        """Of every client its tier, and the experts a layer that it can hold."""
+        return [(tier, self.config.tiers[tier].experts) for tier in self.tiers]
+
     def members(self) -> list[Member]:
         """The population as participation needs it: the clients that have registered."""
         return [

@@ -24,8 +24,8 @@ from sam_ds.federation.participation import plan_round
 def _configure(config: RunConfig) -> RunConfig:
     kept = config.sam.top_k
     if config.sam.semantics == "message":
-        raise InputError("sam.semantics = 'message' needs edges, and method = 'static_mask' has none, as what it keeps is "
-                         "always visited: give 'reach', or method = 'sam'")  # fmt: skip
+        raise InputError("sam.semantics = 'message' needs edges, and method = 'static_mask' has none, as all that it "
+                         "keeps is visited always: give 'reach', or method = 'sam'")  # fmt: skip
     always: dict[str, Any] = {"roots": kept, "root_choice": "saliency", "standin": "none", "regroups": 0}
     return replace(
         config, sam=replace(config.sam, allocation="uniform", **always), train=replace(config.train, whole=0.0),

@@ -96,7 +96,9 @@ def _assemble(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="text file (.txt, .jsonl, .json, .parquet), or " + _DATA
                         + "; its train text is read")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=2048, help="of that text, evenly over the domains")
-    parser.add_argument("--experts", metavar="K", type=int, help="to hold in each layer, roots included (all)")
+    parser.add_argument("--experts", metavar="K", type=int,
+                        help="to hold in each layer at most, roots included: those over which the text's loss is "
+                             "lowest (all, unasked)")  # fmt: skip
     parser.add_argument("--edges", metavar="B", type=int, required=True, help="of each layer's graph, at most")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

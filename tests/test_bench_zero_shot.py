@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sam_ds.bench.zero_shot import _perplexity
+from sam_ds.bench.zero_shot import _most_reached, _perplexity
 from sam_ds.cli import main
 from sam_ds.data.corpus import load_corpus
-from sam_ds.evaluation.reading import token_rows, window_of
+from sam_ds.evaluation.reading import token_rows, typical_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained
 from sam_ds.experts.model import add_assembler
 from sam_ds.experts.personal import personal_graph
 from sam_ds.federation.setup import prepare_base
+from sam_ds.graph.dag import contract
 
 
 @pytest.fixture
@@ -46,35 +47,44 @@ def folder(tiny, left_behind):
 def test_a_zero_shot_graph_is_judged_beside_other_and_trained_ones(tiny, folder, left_behind, capsys, monkeypatch):
     arguments = ["--data", str(tiny.corpus), "--domain", "ships", "--edges", "6", "--active", "4", "--tokens", "128",
                  "--test-tokens", "256", "--rounds", "2", "--json"]  # fmt: skip
-    assert main(["bench", "zero_shot", "--model", str(folder), *arguments, "--steps", "40", "--lr", "3e-2"]) == 0
+    assert main(["bench", "zero_shot", "--model", str(folder), *arguments, "--steps", "40", "--lr", "1e-2"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["graph"]: row["perplexity"] for row in found["rows"]}
-    assert list(rows) == ["random 0", "random 1", "all edges", "the server's", "of gardens", "of numbers", "zero-shot",
+    assert list(rows) == ["random 0", "random 1", "all edges", "the server's", "of gardens", "of numbers",
+                          "all experts", "experts of gardens", "experts of numbers", "zero-shot",
                           "trained"]  # fmt: skip
     drawn = (math.log(rows["random 0"]) + math.log(rows["random 1"])) / 2
     gap = found["ratios"]["gap_nats"]
     assert gap == pytest.approx(drawn - math.log(rows["trained"]))
     others = (math.log(rows["of gardens"]) + math.log(rows["of numbers"])) / 2
     assert found["ratios"]["by_others"] == pytest.approx((drawn - others) / gap)
-    assert rows["the server's"] != rows["zero-shot"]
-    # Without a step the trained graph is the zero-shot one.
+    assert found["ratios"]["recovered"] == pytest.approx((drawn - math.log(rows["zero-shot"])) / gap)
+    assert found["ratios"]["over_all_experts"] == pytest.approx((drawn - math.log(rows["all experts"])) / gap)
+    chosen = (math.log(rows["experts of gardens"]) + math.log(rows["experts of numbers"])) / 2
+    assert found["ratios"]["over_experts_of_others"] == pytest.approx((drawn - chosen) / gap)
+    counts = {row["graph"]: row["experts"] for row in found["rows"]}
+    assert counts["all experts"] == 8 and 2 < counts["zero-shot"] <= 8
+    # Without a step the trained graph is the assembler's.
     folder = left_behind(tiny.base, spread=30)
     judged = []
 
-    def perplexity(model, test_BS, graph_LEE, condition):
-        judged.append(graph_LEE)
-        return _perplexity(model, test_BS, graph_LEE, condition)
+    def perplexity(model, test_BS, graph_LEE, condition, held=None):
+        judged.append((graph_LEE, held))
+        return _perplexity(model, test_BS, graph_LEE, condition, held)
 
     monkeypatch.setattr("sam_ds.bench.zero_shot._perplexity", perplexity)
     assert main(["bench", "zero_shot", "--model", str(folder), *arguments, "--steps", "1", "--lr", "1e-12"]) == 0
     rows = {row["graph"]: row["perplexity"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
-    assert rows["trained"] == rows["zero-shot"] != rows["random 0"]
+    assert rows["trained"] == rows["all experts"] != rows["random 0"]
     graphs, model = dict(zip(rows, judged, strict=True)), from_pretrained(folder, dtype=torch.float32)
     texts, tokenizer = load_corpus(tiny.corpus, public_every=0).domains, AutoTokenizer.from_pretrained(folder)
-    for row, domain in (("of gardens", "gardens"), ("of numbers", "numbers"), ("zero-shot", "ships")):
-        ids_BS = token_rows({domain: texts[domain].train}, tokenizer, window=window_of(model), tokens=128)
-        assert torch.equal(graphs[row], personal_graph(model, ids_BS, edges=6).graph_LEE)
-    assert any(not torch.equal(graphs["zero-shot"], graphs[row]) for row in ("of gardens", "of numbers"))
+    for domain in ("gardens", "numbers", "ships"):
+        ids_BS = typical_rows({domain: texts[domain].train}, tokenizer, window=window_of(model), tokens=128)
+        with model.active(4):
+            own = personal_graph(model, ids_BS, edges=6, experts=8)
+        graph, chosen = ("zero-shot", "zero-shot") if domain == "ships" else (f"of {domain}", f"experts of {domain}")
+        assert torch.equal(graphs[graph][0], own.graph_LEE) and graphs[chosen][1] == own.held
+    assert any(not torch.equal(graphs["zero-shot"][0], graphs[row][0]) for row in ("of gardens", "of numbers"))
 
 
 def test_with_messages_graph_and_gains_are_told_apart(tiny, left_behind, tmp_path, capsys):
@@ -86,15 +96,17 @@ def test_with_messages_graph_and_gains_are_told_apart(tiny, left_behind, tmp_pat
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     nats = {row["graph"]: math.log(row["perplexity"]) for row in found["rows"]}
     assert list(nats) == ["random 0", "random 1", "all edges", "the server's", "of gardens", "of numbers",
-                          "random 0, own gains", "random 1, own gains", "zero-shot, shared gains", "zero-shot",
-                          "trained"]  # fmt: skip
-    for one, other in (("random 0", "random 0, own gains"), ("zero-shot, shared gains", "zero-shot")):
+                          "random 0, own gains", "random 1, own gains", "all experts, shared gains", "all experts",
+                          "experts of gardens", "experts of numbers", "zero-shot", "trained"]  # fmt: skip
+    for one, other in (("random 0", "random 0, own gains"), ("all experts, shared gains", "all experts")):
         assert nats[one] != nats[other]
     start, gap = (nats["random 0"] + nats["random 1"]) / 2, found["ratios"]["gap_nats"]
     assert gap == pytest.approx(start - nats["trained"])
     by_gains = start - (nats["random 0, own gains"] + nats["random 1, own gains"]) / 2
     assert found["ratios"] == pytest.approx({
-        "recovered": (start - nats["zero-shot"]) / gap, "by_graph": (start - nats["zero-shot, shared gains"]) / gap,
+        "recovered": (start - nats["zero-shot"]) / gap, "by_graph": (start - nats["all experts, shared gains"]) / gap,
+        "over_all_experts": (start - nats["all experts"]) / gap,
+        "over_experts_of_others": start / gap - (nats["experts of gardens"] + nats["experts of numbers"]) / 2 / gap,
         "by_gains": by_gains / gap, "by_the_servers": (start - nats["the server's"]) / gap,
         "by_others": start / gap - (nats["of gardens"] + nats["of numbers"]) / 2 / gap, "gap_nats": gap,
     })  # fmt: skip
@@ -104,3 +116,45 @@ def test_an_unknown_domain_is_refused(tiny, folder, capsys):
     arguments = ["--model", str(folder), "--data", str(tiny.corpus), "--domain", "ship", "--edges", "8"]
     assert main(["bench", "zero_shot", *arguments]) == 2
     assert "did you mean 'ships'" in capsys.readouterr().err
+
+
+def test_a_subset_is_judged_beside_random_ones_and_those_of_other_texts(tiny, folder, capsys):
+    """What is not held is stood in for: the model without edges to it."""
+    assert main(["bench", "zero_shot", "--model", str(folder), "--data", str(tiny.corpus), "--domain", "ships",
+                 "--edges", "8", "--active", "4", "--experts", "4", "--tokens", "128", "--test-tokens", "256",
+                 "--rounds", "3", "--steps", "1", "--json"]) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    held = {row["held"]: row["perplexity"] for row in found["rows"] if "held" in row}
+    nats = {name: math.log(value) for name, value in held.items()}
+    assert list(held) == ["random 0", "random 1", "random 2", "the most used", "the most reached", "of gardens",
+                          "of numbers", "zero-shot", "all"]  # fmt: skip
+    start = sum(nats[f"random {index}"] for index in range(3)) / 3
+    gap = start - nats["all"]
+    assert gap > 0
+    expected = {
+        "subset_recovered": (start - nats["zero-shot"]) / gap,
+        "subset_by_most_used": (start - nats["the most used"]) / gap,
+        "subset_by_most_reached": (start - nats["the most reached"]) / gap,
+        "subset_by_others": (start - (nats["of gardens"] + nats["of numbers"]) / 2) / gap,
+        "subset_gap_nats": gap,
+    }
+    ratios = found["ratios"]
+    assert {name: ratios[name] for name in expected} == pytest.approx(expected)
+    model, tokenizer = from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    splits, window = load_corpus(tiny.corpus, public_every=0).domains["ships"], window_of(model)
+    ids_BS = typical_rows({"ships": splits.train}, tokenizer, window=window, tokens=128)
+    test_BS = token_rows({"ships": splits.test}, tokenizer, window=window, tokens=256)
+    with model.active(4):
+        own = personal_graph(model, ids_BS, edges=8, experts=4)
+    reached = _most_reached(model, ids_BS, own.graph_LEE, 4)
+    assert len(reached) == 2 and all(len(experts) == 4 and list(experts[:2]) == [0, 1] for experts in reached)
+    with torch.no_grad(), model.active(4), model.over(own.graph_LEE, own.condition):
+        for layer, experts in zip(model.sam_layers, own.held, strict=True):
+            among = contract(layer.sam.adjacency_SS.numpy(), experts)
+            layer.sam.adjacency_SS.zero_()
+            for row, tail in enumerate(experts):
+                for column, head in enumerate(experts):
+                    layer.sam.adjacency_SS[tail, head] = bool(among[row, column])
+        nll = model(input_ids=test_BS, labels=test_BS).loss
+    assert math.exp(nll) == pytest.approx(held["zero-shot"], rel=1e-4)
+    assert len({round(value, 9) for value in held.values()}) > 4

@@ -1,22 +1,28 @@
-"""A graph for a domain that no client held: random, by the assembler from unlabelled text alone, or trained on it.
+"""A graph for a domain that no client held: random, from unlabelled text alone, or trained on it.
 
 The model is one that a federation without that domain left behind (`RUN/model`). Random graphs have `--edges` a layer,
 the assembler's as many of the server's, or all where it has fewer; all route with the same budget. Only the assembler
 is trained, on the domain's train text, its graph drawn anew and explored at every step. What zero-shot recovers is its
-share of the way from the random graphs to the trained one, in nats a token.
+share of the way from the random graphs to the trained one, in nats a token. It is the assembler's graph and gains over
+the experts that the text's own loss chooses (`experts/personal.py`).
 
-Where experts send messages the assembler writes gains too: rows tell what the graph alone recovers, over the gains that
-all share, and what the gains alone do, over the random graphs. Whether the text has a part in what the graph does,
-other graphs over the shared gains tell: the server's, and those that the assembler makes of the other domains' texts.
+Which part does it, other rows tell: the same over all experts; of these the graph over the gains that all share, and
+the gains over the random graphs. Whether the text has a part in it: the server's graph, those that the assembler makes
+of the other domains' texts, and this one over the experts that those texts choose.
+
+With `--experts` a client also holds only so many a layer, the others are stood in for: at most so many, chosen by its
+text, beside random ones, those used most on the calibration text (the first), those that the text reaches most over its
+graph, and those chosen by other texts, all over its own graph and gains. `subset_recovered` is the share of the way
+from the random ones to all experts.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,13 +35,15 @@ from sam_ds.data.batches import batch_indices
 from sam_ds.data.corpus import load_corpus
 from sam_ds.errors import InputError, nearest
 from sam_ds.evaluation.nll import token_nll
-from sam_ds.evaluation.reading import token_rows, window_of
+from sam_ds.evaluation.reading import token_rows, typical_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
 from sam_ds.experts.model import SamMixin
-from sam_ds.experts.personal import personal_graph
+from sam_ds.experts.personal import describe_text, holding, personal_graph
 from sam_ds.graph.assembler import hard_graph
-from sam_ds.graph.dag import explore, full_graph, random_graph
+from sam_ds.graph.dag import explore, full_graph, random_graph, reach_mass
 
+Held: TypeAlias = Sequence[Sequence[int]]
+"""Of each layer the experts that are held."""
 _BATCH = 4
 
 
@@ -44,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder of <domain>/{train,test}.*, or 'embedded'")
     parser.add_argument("--domain", required=True, help="the one left out")
     parser.add_argument("--edges", type=int, required=True, help="B, edges a layer")
+    parser.add_argument("--experts", type=int, help="that a client can hold a layer; by default all")
     parser.add_argument("--active", type=int, help="experts a token visits; by default as the model does")
     parser.add_argument("--tokens", type=int, default=2048, help="of unlabelled text that the assembler is shown")
     parser.add_argument("--test-tokens", type=int, default=16384)
@@ -55,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Rows: graphs, with the sparse perplexity of the domain. Ratios: the share of the gap that zero-shot recovers, its
-    parts where experts send messages, and what the server's graph and other texts' recover. `--rounds`: random graphs.
+    parts where experts send messages, and what the server's graph and other texts' recover; the same of subsets.
+    `--rounds`: random graphs and subsets.
     """
     check_sizes(options, "tokens", "test_tokens", "steps")
     corpus = load_corpus(options.data, public_every=0)
@@ -67,13 +77,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     config, splits = model.sam_config, corpus.domains[options.domain]
     window = window_of(model)
-    personal = {
-        name: personal_graph(
-            model, token_rows({name: texts.train}, tokenizer, window=window, tokens=options.tokens), edges=options.edges
-        )
-        for name, texts in corpus.domains.items()
+    texts = {
+        name: typical_rows({name: splits.train}, tokenizer, window=window, tokens=options.tokens)
+        for name, splits in corpus.domains.items()
     }
-    own = personal.pop(options.domain)
     test_BS = token_rows({options.domain: splits.test}, tokenizer, window=window, tokens=options.test_tokens)
     rng = np.random.default_rng(options.seed)
     layers = len(model.sam_layers)
@@ -81,35 +88,107 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         _stacked([random_graph(config.num_experts, options.edges, config.roots, rng) for _ in range(layers)])
         for _ in range(options.rounds)
     ]
-    graphs: dict[str, tuple[Tensor, Tensor | None]] = {
-        f"random {index}": (graph_LEE, None) for index, graph_LEE in enumerate(drawn)
-    }
-    graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None
-    graphs["the server's"] = model.graph(), None
-    graphs |= {f"of {name}": (other.graph_LEE, None) for name, other in personal.items()}
-    if config.semantics == "message":
-        graphs |= {f"random {index}, own gains": (graph_LEE, own.condition) for index, graph_LEE in enumerate(drawn)}
-        graphs["zero-shot, shared gains"] = own.graph_LEE, None
-    graphs["zero-shot"] = own.graph_LEE, own.condition
     with model.active(options.active or config.top_k):
+        personal = {
+            name: personal_graph(model, ids_BS, edges=options.edges, experts=config.num_experts)
+            for name, ids_BS in texts.items()
+        }
+        own = personal.pop(options.domain)
+        graphs: dict[str, tuple[Tensor, Tensor | None, Held | None]] = {
+            f"random {index}": (graph_LEE, None, None) for index, graph_LEE in enumerate(drawn)
+        }
+        graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None, None
+        graphs["the server's"] = model.graph(), None, None
+        graphs |= {f"of {name}": (other.graph_LEE, None, None) for name, other in personal.items()}
+        if config.semantics == "message":
+            graphs |= {
+                f"random {index}, own gains": (graph_LEE, own.condition, None) for index, graph_LEE in enumerate(drawn)
+            }
+            graphs["all experts, shared gains"] = own.graph_LEE, None, None
+        graphs["all experts"] = own.graph_LEE, own.condition, None
+        graphs |= {f"experts of {name}": (own.graph_LEE, own.condition, other.held) for name, other in personal.items()}
+        graphs["zero-shot"] = own.graph_LEE, own.condition, own.held
         rows: list[dict[str, Any]] = [
-            {"graph": name, "perplexity": _perplexity(model, test_BS, *graph)} for name, graph in graphs.items()
-        ]
+            {"graph": name, "experts": len((graph[2] or [range(config.num_experts)])[0]),
+             "perplexity": _perplexity(model, test_BS, *graph)}
+            for name, graph in graphs.items()
+        ]  # fmt: skip
+        held = _subset_rows(model, texts, test_BS, options, rng) if options.experts else []
         train_BS = token_rows({options.domain: splits.train}, tokenizer, window=window, tokens=64 * options.tokens)
         trained_LEE = _trained(model, own.condition, train_BS, options)
-        rows.append({"graph": "trained", "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})
+        rows.append({"graph": "trained", "experts": config.num_experts,
+                     "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})  # fmt: skip
     nats = {row["graph"]: math.log(row["perplexity"]) for row in rows}
     count = range(options.rounds)
     start = _mean(nats[f"random {index}"] for index in count)
     gap = start - nats["trained"]
-    ends = {"recovered": nats["zero-shot"], "by_the_servers": nats["the server's"]}
+    ends = {
+        "recovered": nats["zero-shot"], "over_all_experts": nats["all experts"], "by_the_servers": nats["the server's"],
+    }  # fmt: skip
     if personal:
         ends["by_others"] = _mean(nats[f"of {name}"] for name in personal)
+        ends["over_experts_of_others"] = _mean(nats[f"experts of {name}"] for name in personal)
     if config.semantics == "message":
-        ends["by_graph"] = nats["zero-shot, shared gains"]
+        ends["by_graph"] = nats["all experts, shared gains"]
         ends["by_gains"] = _mean(nats[f"random {index}, own gains"] for index in count)
     ratios = {name: (start - end) / gap if gap > 0 else math.nan for name, end in ends.items()}
-    return {"rows": rows, "ratios": ratios | {"gap_nats": gap}}
+    return {"rows": rows + held, "ratios": ratios | {"gap_nats": gap} | _subset_ratios(held)}
+
+
+def _subset_rows(
+    model: SamMixin, texts: Mapping[str, Tensor], test_BS: Tensor, options: argparse.Namespace, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Rows of a client of the domain that holds `--experts` a layer, by which these are."""
+    config, count = model.sam_config, options.experts
+    personal = {
+        name: personal_graph(model, ids_BS, edges=options.edges, experts=count) for name, ids_BS in texts.items()
+    }
+    own, layers, roots = personal.pop(options.domain), range(len(model.sam_layers)), config.roots
+    subsets: dict[str, Held] = {
+        f"random {index}": [
+            [*range(roots), *np.sort(rng.choice(np.arange(roots, config.num_experts), count - roots, replace=False))]
+            for _ in layers
+        ]
+        for index in range(options.rounds)
+    }
+    subsets["the most used"] = [range(count)] * len(layers)
+    subsets["the most reached"] = _most_reached(model, texts[options.domain], own.graph_LEE, count)
+    subsets |= {f"of {name}": other.held for name, other in personal.items()} | {"zero-shot": own.held}
+    subsets["all"] = [range(config.num_experts)] * len(layers)
+    return [
+        {"held": name, "perplexity": _perplexity(model, test_BS, own.graph_LEE, own.condition, held)}
+        for name, held in subsets.items()
+    ]
+
+
+def _most_reached(model: SamMixin, ids_BS: Tensor, graph_LEE: Tensor, count: int) -> list[Sequence[int]]:
+    """Of each layer the roots and what has the largest reach mass, by which participation draws experts."""
+    layers, roots = model.sam_layers, model.sam_config.roots
+    with torch.no_grad():
+        gates, budgets = [layer.sam.wg for layer in layers], [layer.top_k for layer in layers]
+        rates_LE = describe_text(layers, gates, budgets, lambda: model(input_ids=ids_BS, use_cache=False))[1]
+    held: list[Sequence[int]] = []
+    for mask_EE, rates_E in zip(graph_LEE.numpy(), rates_LE.double().numpy(), strict=True):
+        reach_E = reach_mass(mask_EE, rates_E, roots)
+        held.append([*range(roots), *sorted(roots + np.argsort(-reach_E[roots:], kind="stable")[: count - roots])])
+    return held
+
+
+def _subset_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The shares of the gap between random subsets and all experts that other subsets recover."""
+    nats = {row["held"]: math.log(row["perplexity"]) for row in rows}
+    if not nats:
+        return {}
+    start = _mean(value for name, value in nats.items() if name.startswith("random "))
+    ends = {
+        "subset_recovered": nats["zero-shot"], "subset_by_most_used": nats["the most used"],
+        "subset_by_most_reached": nats["the most reached"],
+    }  # fmt: skip
+    if others := [value for name, value in nats.items() if name.startswith("of ")]:
+        ends["subset_by_others"] = _mean(others)
+    gap = start - nats["all"]
+    shares = {name: (start - end) / gap if gap > 0 else math.nan for name, end in ends.items()}
+    return shares | {"subset_gap_nats": gap}
 
 
 def _trained(model: SamMixin, condition: Tensor, train_BS: Tensor, options: argparse.Namespace) -> Tensor:
@@ -150,8 +229,12 @@ def _conditioned(model: SamMixin, condition: Tensor) -> Iterator[None]:
             layer.edge_logits_SS = None
 
 
-def _perplexity(model: SamMixin, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None) -> float:
-    with torch.no_grad(), model.over(graph_LEE, condition):
+def _perplexity(
+    model: SamMixin, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None, held: Held | None = None
+) -> float:  # fmt: skip
+    with torch.no_grad(), model.over(graph_LEE, condition), ExitStack() as holds:
+        for layer, experts in zip(model.sam_layers, held or [], strict=held is not None):
+            holds.enter_context(holding(layer, experts))
         window = test_BS.shape[1]
         nll_sum, tokens = token_nll(model, list(test_BS), window=window, stride=window, batch=_BATCH)
     return math.exp(nll_sum / tokens)

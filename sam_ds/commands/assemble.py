@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sam_ds.errors import InputError
-from sam_ds.evaluation.reading import texts_of, token_rows, window_of
+from sam_ds.evaluation.reading import texts_of, typical_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
 from sam_ds.experts.personal import personal_graph
 
@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     with readable(options.model):
         model = from_pretrained(options.model, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids_BS = token_rows(texts, tokenizer, window=window_of(model), tokens=options.tokens)
+    ids_BS = typical_rows(texts, tokenizer, window=window_of(model), tokens=options.tokens)
     personal = personal_graph(model, ids_BS, edges=options.edges, experts=options.experts)
     layers = [
         {"path": path, "held": list(held), "edges": mask_EE.nonzero().tolist()}

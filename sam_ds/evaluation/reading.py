@@ -47,6 +47,16 @@ def token_rows(
     return read[: len(read) // rows * rows].view(rows, -1)
 
 
+def typical_rows(
+    texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, *, window: int, tokens: int
+) -> Tensor:
+    """As `token_rows`, but every 32nd row of as many times the text, or what there is: the first tokens of a book are
+    not like the book."""
+    rows_BS = token_rows(texts, tokenizer, window=window, tokens=32 * tokens)
+    wanted = -(-tokens // rows_BS.shape[1])
+    return rows_BS[:: max(1, len(rows_BS) // wanted)][:wanted]
+
+
 def window_of(model: PreTrainedModel) -> int:
     """Tokens a row for reading text with `model`: 256, or its context where that is shorter."""
     return min(256, getattr(model.config, "max_position_embeddings", None) or 256)

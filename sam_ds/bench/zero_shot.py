@@ -38,7 +38,7 @@ from sam_ds.evaluation.nll import token_nll
 from sam_ds.evaluation.reading import token_rows, typical_rows, window_of
 from sam_ds.experts.checkpoint import from_pretrained, readable
 from sam_ds.experts.model import SamMixin
-from sam_ds.experts.personal import describe_text, holding, personal_graph
+from sam_ds.experts.personal import PersonalGraph, describe_text, holding, personal_graph
 from sam_ds.graph.assembler import hard_graph
 from sam_ds.graph.dag import explore, full_graph, random_graph, reach_mass
 
@@ -94,20 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for name, ids_BS in texts.items()
         }
         own = personal.pop(options.domain)
-        graphs: dict[str, tuple[Tensor, Tensor | None, Held | None]] = {
-            f"random {index}": (graph_LEE, None, None) for index, graph_LEE in enumerate(drawn)
-        }
-        graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None, None
-        graphs["the server's"] = model.graph(), None, None
-        graphs |= {f"of {name}": (other.graph_LEE, None, None) for name, other in personal.items()}
-        if config.semantics == "message":
-            graphs |= {
-                f"random {index}, own gains": (graph_LEE, own.condition, None) for index, graph_LEE in enumerate(drawn)
-            }
-            graphs["all experts, shared gains"] = own.graph_LEE, None, None
-        graphs["all experts"] = own.graph_LEE, own.condition, None
-        graphs |= {f"experts of {name}": (own.graph_LEE, own.condition, other.held) for name, other in personal.items()}
-        graphs["zero-shot"] = own.graph_LEE, own.condition, own.held
+        graphs = _graphs(model, own, personal, drawn)
         rows: list[dict[str, Any]] = [
             {"graph": name, "experts": len((graph[2] or [range(config.num_experts)])[0]),
              "perplexity": _perplexity(model, test_BS, *graph)}
@@ -133,6 +120,27 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ends["by_gains"] = _mean(nats[f"random {index}, own gains"] for index in count)
     ratios = {name: (start - end) / gap if gap > 0 else math.nan for name, end in ends.items()}
     return {"rows": rows + held, "ratios": ratios | {"gap_nats": gap} | _subset_ratios(held)}
+
+
+def _graphs(
+    model: SamMixin, own: PersonalGraph, personal: Mapping[str, PersonalGraph], drawn: Sequence[Tensor]
+) -> dict[str, tuple[Tensor, Tensor | None, Held | None]]:
+    """What is compared but for the trained one: edges, a condition for gains of one's own, experts (None: all)."""
+    config, layers = model.sam_config, len(model.sam_layers)
+    graphs: dict[str, tuple[Tensor, Tensor | None, Held | None]] = {
+        f"random {index}": (graph_LEE, None, None) for index, graph_LEE in enumerate(drawn)
+    }
+    graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None, None
+    graphs["the server's"] = model.graph(), None, None
+    graphs |= {f"of {name}": (other.graph_LEE, None, None) for name, other in personal.items()}
+    if config.semantics == "message":
+        graphs |= {
+            f"random {index}, own gains": (graph_LEE, own.condition, None) for index, graph_LEE in enumerate(drawn)
+        }
+        graphs["all experts, shared gains"] = own.graph_LEE, None, None
+    graphs["all experts"] = own.graph_LEE, own.condition, None
+    graphs |= {f"experts of {name}": (own.graph_LEE, own.condition, other.held) for name, other in personal.items()}
+    return graphs | {"zero-shot": (own.graph_LEE, own.condition, own.held)}
 
 
 def _subset_rows(

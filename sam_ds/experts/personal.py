@@ -1,8 +1,8 @@
 """Zero-shot: a graph and a subset of experts for a text that nobody trained on.
 
 The assembler knows a text by its mean gate scores; from them, the graph of the text. Which experts it should be routed
-over the text's own loss says, which needs no labels: on a text unlike all that trained them, some do harm. Experts that
-are chosen by how often a text reaches them, as participation draws them, are no better than those of other texts
+over the text's own loss says, which needs no labels: on a text unlike all that trained them, some do harm. Chosen by
+how often the text reaches them, as participation draws them, they are hardly better than those of other texts
 (examples/benchmarks/federation.md). Whoever wants to know a client's or a domain's text asks here.
 
 Legend: L layers, E experts a layer, T tokens, B rows, S tokens a row.

@@ -68,7 +68,7 @@ def test_a_zero_shot_graph_is_judged_beside_other_and_trained_ones(tiny, folder,
     folder = left_behind(tiny.base, spread=30)
     judged = []
 
-    def perplexity(model, test_BS, graph_LEE, condition, held=None):
+    def perplexity(model, test_BS, graph_LEE, condition, held):
         judged.append((graph_LEE, held))
         return _perplexity(model, test_BS, graph_LEE, condition, held)
 
@@ -112,10 +112,14 @@ def test_with_messages_graph_and_gains_are_told_apart(tiny, left_behind, tmp_pat
     })  # fmt: skip
 
 
-def test_an_unknown_domain_is_refused(tiny, folder, capsys):
+def test_an_unknown_domain_and_a_number_of_experts_that_chooses_nothing_are_refused(tiny, folder, capsys):
     arguments = ["--model", str(folder), "--data", str(tiny.corpus), "--domain", "ship", "--edges", "8"]
     assert main(["bench", "zero_shot", *arguments]) == 2
     assert "did you mean 'ships'" in capsys.readouterr().err
+    arguments[5] = "ships"
+    for experts in ("0", "2", "8"):
+        assert main(["bench", "zero_shot", *arguments, "--experts", experts]) == 2
+        assert f"below its 8 experts, got {experts}" in capsys.readouterr().err
 
 
 def test_a_subset_is_judged_beside_random_ones_and_those_of_other_texts(tiny, folder, capsys):

@@ -76,6 +76,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model = from_pretrained(options.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     config, splits = model.sam_config, corpus.domains[options.domain]
+    if options.experts is not None and not config.roots < options.experts < config.num_experts:
+        raise InputError(f"--experts must be above the model's {config.roots} roots and below its "
+                         f"{config.num_experts} experts, got {options.experts}")  # fmt: skip
     window = window_of(model)
     texts = {
         name: typical_rows({name: splits.train}, tokenizer, window=window, tokens=options.tokens)
@@ -96,15 +99,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         own = personal.pop(options.domain)
         graphs = _graphs(model, own, personal, drawn)
         rows: list[dict[str, Any]] = [
-            {"graph": name, "experts": len((graph[2] or [range(config.num_experts)])[0]),
-             "perplexity": _perplexity(model, test_BS, *graph)}
+            {"graph": name, "experts": len(graph[2][0]), "perplexity": _perplexity(model, test_BS, *graph)}
             for name, graph in graphs.items()
-        ]  # fmt: skip
+        ]
         held = _subset_rows(model, texts, test_BS, options, rng) if options.experts else []
         train_BS = token_rows({options.domain: splits.train}, tokenizer, window=window, tokens=64 * options.tokens)
         trained_LEE = _trained(model, own.condition, train_BS, options)
         rows.append({"graph": "trained", "experts": config.num_experts,
-                     "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition)})  # fmt: skip
+                     "perplexity": _perplexity(model, test_BS, trained_LEE, own.condition, _every(model))})  # fmt: skip
     nats = {row["graph"]: math.log(row["perplexity"]) for row in rows}
     count = range(options.rounds)
     start = _mean(nats[f"random {index}"] for index in count)
@@ -124,21 +126,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _graphs(
     model: SamMixin, own: PersonalGraph, personal: Mapping[str, PersonalGraph], drawn: Sequence[Tensor]
-) -> dict[str, tuple[Tensor, Tensor | None, Held | None]]:
-    """What is compared but for the trained one: edges, a condition for gains of one's own, experts (None: all)."""
-    config, layers = model.sam_config, len(model.sam_layers)
-    graphs: dict[str, tuple[Tensor, Tensor | None, Held | None]] = {
-        f"random {index}": (graph_LEE, None, None) for index, graph_LEE in enumerate(drawn)
+) -> dict[str, tuple[Tensor, Tensor | None, Held]]:
+    """What is compared but for the trained one: edges, a condition for gains of one's own, experts."""
+    config, every = model.sam_config, _every(model)
+    graphs: dict[str, tuple[Tensor, Tensor | None, Held]] = {
+        f"random {index}": (graph_LEE, None, every) for index, graph_LEE in enumerate(drawn)
     }
-    graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * layers), None, None
-    graphs["the server's"] = model.graph(), None, None
-    graphs |= {f"of {name}": (other.graph_LEE, None, None) for name, other in personal.items()}
+    graphs["all edges"] = _stacked([full_graph(config.num_experts, config.roots)] * len(every)), None, every
+    graphs["the server's"] = model.graph(), None, every
+    graphs |= {f"of {name}": (other.graph_LEE, None, every) for name, other in personal.items()}
     if config.semantics == "message":
         graphs |= {
-            f"random {index}, own gains": (graph_LEE, own.condition, None) for index, graph_LEE in enumerate(drawn)
+            f"random {index}, own gains": (graph_LEE, own.condition, every) for index, graph_LEE in enumerate(drawn)
         }
-        graphs["all experts, shared gains"] = own.graph_LEE, None, None
-    graphs["all experts"] = own.graph_LEE, own.condition, None
+        graphs["all experts, shared gains"] = own.graph_LEE, None, every
+    graphs["all experts"] = own.graph_LEE, own.condition, every
     graphs |= {f"experts of {name}": (own.graph_LEE, own.condition, other.held) for name, other in personal.items()}
     return graphs | {"zero-shot": (own.graph_LEE, own.condition, own.held)}
 
@@ -162,7 +164,7 @@ def _subset_rows(
     subsets["the most used"] = [range(count)] * len(layers)
     subsets["the most reached"] = _most_reached(model, texts[options.domain], own.graph_LEE, count)
     subsets |= {f"of {name}": other.held for name, other in personal.items()} | {"zero-shot": own.held}
-    subsets["all"] = [range(config.num_experts)] * len(layers)
+    subsets["all"] = _every(model)
     return [
         {"held": name, "perplexity": _perplexity(model, test_BS, own.graph_LEE, own.condition, held)}
         for name, held in subsets.items()
@@ -238,14 +240,19 @@ def _conditioned(model: SamMixin, condition: Tensor) -> Iterator[None]:
 
 
 def _perplexity(
-    model: SamMixin, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None, held: Held | None = None
+    model: SamMixin, test_BS: Tensor, graph_LEE: Tensor, condition: Tensor | None, held: Held
 ) -> float:  # fmt: skip
     with torch.no_grad(), model.over(graph_LEE, condition), ExitStack() as holds:
-        for layer, experts in zip(model.sam_layers, held or [], strict=held is not None):
+        for layer, experts in zip(model.sam_layers, held, strict=True):
             holds.enter_context(holding(layer, experts))
         window = test_BS.shape[1]
         nll_sum, tokens = token_nll(model, list(test_BS), window=window, stride=window, batch=_BATCH)
     return math.exp(nll_sum / tokens)
+
+
+def _every(model: SamMixin) -> Held:
+    """All experts of every layer."""
+    return [range(model.sam_config.num_experts)] * len(model.sam_layers)
 
 
 def _mean(values: Iterable[float]) -> float:

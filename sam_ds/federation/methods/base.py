@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam_ds.config import RunConfig, TierSection
+from sam_ds.errors import InputError
 from sam_ds.federation.aggregation import AggregationConfig
 from sam_ds.federation.participation import RoundPlan, plan_round
 from sam_ds.federation.server import Server
@@ -86,3 +87,11 @@ def aggregation_config(config: RunConfig, rule: str) -> AggregationConfig:
 def adapt_nothing(server: Server, round_: int) -> dict[str, Any]:
     """The graph stays as it is."""
     return {}
+
+
+def refuse(config: RunConfig, why: str, **off: object) -> None:
+    """Raise InputError for a federation setting that the method has no use for; `off`: what must stand instead."""
+    for name, value in off.items():
+        if (given := getattr(config.federation, name)) != value:
+            raise InputError(f"federation.{name} = {given!r} {why}: give {value!r}, or another method than "
+                             f"{config.method!r}")  # fmt: skip

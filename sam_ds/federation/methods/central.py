@@ -11,15 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sam_ds.config import FederationSection, RunConfig
-from sam_ds.errors import InputError
 from sam_ds.federation.methods import fedavg
+from sam_ds.federation.methods.base import refuse
 
 
 def _configure(config: RunConfig) -> RunConfig:
-    for name, off in (("robust", "none"), ("shift_round", 0)):
-        if (value := getattr(config.federation, name)) != off:
-            raise InputError(f"federation.{name} = {value!r} is of several clients, and method = 'central' has one: "
-                             f"give {off!r}, or method = 'fedavg'")  # fmt: skip
+    refuse(config, "is of several clients", robust="none", shift_round=0)
     steps = config.train.steps * config.federation.clients_per_round
     federation = replace(
         config.federation, clients=1, clients_per_round=1, min_clients=0,

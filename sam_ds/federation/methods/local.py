@@ -13,15 +13,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sam_ds.config import RunConfig
-from sam_ds.errors import InputError
 from sam_ds.federation.methods import fedit
+from sam_ds.federation.methods.base import refuse
 
 
 def _configure(config: RunConfig) -> RunConfig:
-    for name, off in (("robust", "none"), ("server_optimizer", "sgd")):
-        if (value := getattr(config.federation, name)) != off:
-            raise InputError(f"federation.{name} = {value!r} is of an average, and method = 'local' takes none: give "
-                             f"{off!r}, or method = 'fedit'")  # fmt: skip
+    refuse(config, "is of an average", robust="none", server_optimizer="sgd")
     return config
 
 
